@@ -1,0 +1,51 @@
+# Every target sets up what it needs: a virtual environment, filled from the package registry.
+# `make demo` and `make test` are all that a fresh clone needs.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+FLOOR := 5.17.0
+
+# One thread a process: the tests run in two processes.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test test-floor check format clean
+
+help:
+	@echo "make demo        export a small LLaVA with FSR, load it in a clean process, compare pruned with unpruned"
+	@echo "make test        all tests, newest transformers"
+	@echo "make test-floor  the common tests, transformers $(FLOOR)"
+	@echo "make check       formatting, lint, types"
+	@echo "make format      rewrite the code as 'make check' wants it"
+
+demo: .venv/.installed
+	.venv/bin/fsr-hf demo
+
+test: .venv/.installed
+	.venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-floor: .venv-floor/.installed
+	.venv-floor/bin/python -m pytest -n 2 -m "not newest" $(PYTEST_ARGS)
+
+check: .venv/.installed
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/mypy
+
+format: .venv/.installed
+	.venv/bin/ruff format
+	.venv/bin/ruff check --fix
+
+# The stamp is the last step, so an interrupted installation is taken up again.
+.venv/.installed: pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+.venv-floor/.installed: pyproject.toml
+	test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python -m pip install --disable-pip-version-check --editable ".[dev]" "transformers==$(FLOOR)"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-floor .pytest_cache .ruff_cache .mypy_cache build dist
