@@ -1,0 +1,1 @@
+"""Models: the method, its fit into `generate()`, and one class per family."""

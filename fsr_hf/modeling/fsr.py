@@ -1,0 +1,316 @@
+"""Focus, Scan, Refine: which visual tokens to keep, and what the kept ones absorb.
+
+The method of "Focus-Scan-Refine: From Human Visual Perception to Efficient Visual Token Pruning" (arXiv 2602.05809),
+on tensors alone. Equations 1 and 2, saliency and relevance, depend on the model and are arguments here; equations 3 to
+9 follow below in the paper's order. Every shape is known before any value is, so nothing waits for the device and the
+whole batch is computed at once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+__all__ = ["VisualSelection", "select_visual_tokens"]
+
+
+@dataclass
+class VisualSelection:
+    """
+    The visual tokens that Focus, Scan and Refine keep.
+
+    [`select_visual_tokens`] returns one for a batch of pools, in the shapes below. The output of a model holds one for
+    each image or video: the same fields without the `batch` dimension, where `num_kept` has no padding and
+    `num_tokens` counts the item's placeholders in the prompt.
+
+    Args:
+        indices (`torch.LongTensor` of shape `(batch, num_kept)`):
+            Positions of the kept tokens among the `num_tokens`, ascending; -1 fills up a row that keeps fewer.
+        is_focus (`torch.BoolTensor` of shape `(batch, num_kept)`):
+            True for a Focus token, False for a Scan anchor and for padding.
+        features (`torch.FloatTensor` of shape `(batch, num_kept, hidden_size)`):
+            The kept tokens after Refine, in the dtype of the input; zeros at padding.
+        priority (`torch.FloatTensor` of shape `(batch, num_tokens)`):
+            Priority of every token in [0, 1] (Eq. 3), float32; 0 at masked columns.
+        merged_into (`torch.LongTensor` of shape `(batch, num_tokens)`):
+            For a token that Refine merged, the position of its anchor among the `num_tokens`; -1 for every other.
+        grid (`torch.LongTensor` of shape `(num_tokens, 3)`, *optional*):
+            View or frame, row and column of every token, where a model fills it in.
+        modality (`str`, *optional*):
+            `"image"` or `"video"`, where a model fills it in.
+        row (`int`, *optional*):
+            Row of the prompt batch that the item belongs to, where a model fills it in.
+    """
+
+    indices: torch.LongTensor
+    is_focus: torch.BoolTensor
+    features: torch.FloatTensor
+    priority: torch.FloatTensor
+    merged_into: torch.LongTensor
+    grid: torch.LongTensor | None = None
+    modality: str | None = None
+    row: int | None = None
+
+
+def select_visual_tokens(
+    features: torch.Tensor,
+    saliency: torch.Tensor,
+    relevance: torch.Tensor | None,
+    num_visual_tokens: int | torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    alpha: float = 3.0,
+    beta: float = 1.0,
+    rho: float = 0.9,
+    kappa: float = 1.0,
+    focus_mass: str = "all",
+    max_num_visual_tokens: int | None = None,
+) -> VisualSelection:
+    """
+    Keep the visual tokens that Focus and Scan choose, after Refine has merged others into them (arXiv 2602.05809).
+
+    Each row of the batch is one pool of tokens, selected by itself. Ties go to the lower index everywhere. Scores and
+    cosines are float32 whatever the dtype of the inputs, under autocast too. Gradients flow to `features` through the
+    kept and the merged tokens; the selection and the weights of the merge are constants to autograd.
+
+    A score that is NaN or infinite counts as the smallest finite one of its pool. A token with NaN or infinite
+    features has cosine -1 to every other and neither absorbs nor is absorbed; a zero vector has cosine 0.
+
+    Args:
+        features (`torch.FloatTensor` of shape `(batch, num_tokens, hidden_size)`):
+            The visual tokens as the language model would receive them.
+        saliency (`torch.FloatTensor` of shape `(batch, num_tokens)`):
+            How much attention the vision encoder pays to each token (Eq. 1), in any unit.
+        relevance (`torch.FloatTensor` of shape `(batch, num_tokens)`, *optional*):
+            How well each token fits the query (Eq. 2), in any unit, higher for a better fit. `None` leaves the term
+            out of the priority.
+        num_visual_tokens (`int` or `torch.LongTensor` of shape `(batch,)`):
+            Tokens to keep in each row, at least 1. A tensor gives each row its own number, and 0 keeps none of a row.
+            A row with fewer real tokens keeps them all and merges nothing.
+        mask (`torch.BoolTensor` of shape `(batch, num_tokens)`, *optional*):
+            True for real tokens. The others are never kept or merged and do not count in any minimum, maximum or sum.
+        alpha (`float`, *optional*, defaults to 3.0):
+            Exponent of the relevance in the priority.
+        beta (`float`, *optional*, defaults to 1.0):
+            Exponent of the saliency in the priority.
+        rho (`float`, *optional*, defaults to 0.9):
+            Share of the priority mass that the Focus tokens hold, in (0, 1].
+        kappa (`float`, *optional*, defaults to 1.0):
+            Tokens merged for each Scan anchor, on average; 0 turns Refine off.
+        focus_mass (`str`, *optional*, defaults to `"all"`):
+            The mass that `rho` is a share of: `"all"` tokens (the paper), or the tokens of highest priority that fill
+            the `"budget"`.
+        max_num_visual_tokens (`int`, *optional*):
+            Read with a tensor `num_visual_tokens` only: the width of the result and the most that a row keeps. Without
+            it the width is `num_tokens`, since the values of a tensor are not read on the host.
+
+    Returns:
+        [`VisualSelection`] of width `min(num_visual_tokens, num_tokens)`.
+
+    Raises:
+        ValueError: If a shape or dtype does not fit, a budget is below 1, or `focus_mass` is unknown. The values of
+            tensors are not checked.
+    """
+    _check_arguments(features, saliency, relevance, num_visual_tokens, mask, focus_mass, max_num_visual_tokens)
+    batch, num_tokens, _ = features.shape
+    device = features.device
+    if mask is None:
+        mask = torch.ones_like(saliency, dtype=torch.bool)
+    if isinstance(num_visual_tokens, torch.Tensor):
+        width = num_tokens if max_num_visual_tokens is None else min(max_num_visual_tokens, num_tokens)
+        budgets = num_visual_tokens.to(device, non_blocking=True).clamp(min=0, max=width)
+    else:
+        width = min(num_visual_tokens, num_tokens)
+        budgets = torch.full((batch,), width, device=device)
+    budgets = torch.minimum(budgets, mask.sum(-1))
+
+    # Autocast would run the matrix products below in half precision. (It does not know the meta device.)
+    autocast_device = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+    with torch.autocast(autocast_device, enabled=False):
+        with torch.no_grad():
+            priority = _priority(saliency, relevance, mask, alpha, beta)
+            order, num_focus = _focus(priority, mask, budgets, rho, focus_mass)
+            cosines = _Cosines(features)
+            anchors = _scan(cosines, mask, order[:, :width], num_focus)
+
+            # Column num_tokens collects the picks beyond a row's own numbers.
+            steps = torch.arange(width, device=device)
+            focus = order[:, :width].masked_fill(steps >= num_focus[:, None], num_tokens)
+            anchors = anchors.masked_fill(steps[1:] > (budgets - num_focus)[:, None], num_tokens)
+            kept = torch.cat([focus, anchors], dim=1).sort(dim=1).values[:, :width]
+            is_focus = torch.zeros((batch, num_tokens + 1), dtype=torch.bool, device=device)
+            is_focus = is_focus.scatter(1, focus, True)[:, :num_tokens]
+
+            is_kept = kept < num_tokens
+            kept = kept.clamp(max=num_tokens - 1)
+            is_focus = is_focus.gather(1, kept) & is_kept
+        refined, merged_into = _refine(features, cosines, priority, mask, kept, is_kept, is_focus, kappa)
+    return VisualSelection(
+        indices=kept.masked_fill(~is_kept, -1),
+        is_focus=is_focus,
+        features=refined,
+        priority=priority,
+        merged_into=merged_into,
+    )
+
+
+def _priority(saliency, relevance, mask, alpha, beta):
+    """Eq. 3: the product of relevance and saliency, each min-max normalised over its pool. `(batch, num_tokens)`."""
+    priority = _min_max(saliency, mask) ** beta
+    if relevance is not None:
+        priority = _min_max(relevance, mask) ** alpha * priority
+    return priority.masked_fill(~mask, 0.0)
+
+
+def _min_max(scores, mask):
+    """Scores of each pool on [0, 1]; a constant score is all ones, so that it drops out of the product."""
+    scores = scores.float()
+    finite = scores.isfinite() & mask
+    low = scores.masked_fill(~finite, torch.inf).amin(-1, keepdim=True)
+    high = scores.masked_fill(~finite, -torch.inf).amax(-1, keepdim=True)
+    # Halves, because the span of finite scores can overflow.
+    span = high / 2 - low / 2
+    normalized = (torch.where(finite, scores, low) / 2 - low / 2) / span
+    return torch.where(span > 0, normalized, 1.0)
+
+
+def _focus(priority, mask, budgets, rho, focus_mass):
+    """Eq. 4: all tokens by descending priority, and how many of the first ones hold the share `rho` of the mass."""
+    order = priority.masked_fill(~mask, -1.0).argsort(dim=-1, descending=True, stable=True)
+    # A float32 sum stops growing before it reaches the share; MPS has no float64.
+    dtype = torch.float32 if priority.device.type == "mps" else torch.float64
+    mass = priority.gather(1, order).to(dtype).cumsum(-1)
+    total = mass.gather(1, budgets[:, None].clamp(min=1) - 1) if focus_mass == "budget" else mass[:, -1:]
+    counts = torch.arange(1, mass.shape[1] + 1, device=mass.device)
+    num_focus = torch.where(mass >= rho * total, counts, mass.shape[1]).amin(-1)
+    return order, torch.minimum(num_focus, budgets)
+
+
+class _Cosines:
+    """Cosines in float32 between some tokens of each row and all tokens of that row, `(batch, k, num_tokens)`."""
+
+    def __init__(self, features):
+        features = features.detach().float()
+        # Dividing by the largest entry first keeps the squares of the norm in range.
+        peak = torch.maximum(features.amax(-1, keepdim=True), -features.amin(-1, keepdim=True))
+        unit = features / peak.masked_fill(peak == 0, 1.0)
+        norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
+        self.finite = peak.isfinite().squeeze(-1)
+        self.unit = unit.div_(norm.masked_fill_(norm == 0, 1.0))
+        # One product for all pairs is faster than one for each anchor; it may take twice the memory of the features.
+        self.pairs = self._between(self.unit) if unit.shape[1] <= 2 * unit.shape[2] else None
+
+    def _between(self, tokens):
+        # A token with non-finite features leaves NaN in each of its cosines.
+        return (tokens @ self.unit.mT).clamp_(-1.0, 1.0).nan_to_num_(nan=-1.0)
+
+    def rows(self, tokens):
+        return self._between(_take(self.unit, tokens)) if self.pairs is None else _take(self.pairs, tokens)
+
+
+def _take(tensor, tokens):
+    """Rows `tokens` `(batch, k)` of a tensor `(batch, num_tokens, size)`: `(batch, k, size)`."""
+    return tensor.gather(1, tokens[..., None].expand(-1, -1, tensor.shape[-1]))
+
+
+def _scan(cosines, mask, candidates, num_focus):
+    """
+    Eq. 5: from the Focus tokens on, add again and again the token that is farthest from all that were chosen.
+
+    Greedy k-center with fixed centres, so the farthest token is at most twice as far from its nearest kept token as
+    in the best choice of anchors, in the metric sqrt(1 - cos) (Eqs. 6 and 7).
+
+    Returns the anchors in the order of their choice, `(batch, num_candidates - 1)`. A row uses as many of them as its
+    budget leaves: the choice of an anchor depends on the earlier ones only.
+    """
+    is_focus = torch.arange(candidates.shape[1], device=candidates.device) < num_focus[:, None]
+    # Cosine of each token to the closest one chosen so far; infinity takes a token out of the choice.
+    closest = cosines.rows(candidates).masked_fill(~is_focus[..., None], -torch.inf).amax(1)
+    chosen = torch.zeros_like(mask).scatter(1, candidates, is_focus)
+    closest = closest.masked_fill(chosen | ~mask, torch.inf)
+    anchors = [candidates[:, :0]]
+    for _ in range(candidates.shape[1] - 1):
+        anchor = closest.argmin(-1, keepdim=True)  # the first of equal ones, on every device
+        closest = torch.maximum(closest, cosines.rows(anchor).squeeze(1)).scatter_(1, anchor, torch.inf)
+        anchors.append(anchor)
+    return torch.cat(anchors, dim=1)
+
+
+def _refine(features, cosines, priority, mask, kept, is_kept, is_focus, kappa):
+    """
+    Eqs. 8 and 9: of the tokens not kept, those most similar to an anchor are merged into it.
+
+    Applied over all tokens that an anchor absorbs, the update of Eq. 9 is their mean, weighted by priority.
+
+    Returns the kept tokens after Refine, `(batch, num_kept, hidden_size)`, and the anchor of each token or -1,
+    `(batch, num_tokens)`.
+    """
+    refined = _take(features, kept).masked_fill(~is_kept[..., None], 0.0)
+    merged_into = torch.full_like(mask, -1, dtype=torch.long)
+    num_tokens, width = mask.shape[1], kept.shape[1]
+    # The most that any row merges, known from shapes: one of the kept tokens is a Focus token.
+    num_candidates = min(int(kappa * (width - 1) + 1e-6), num_tokens - 1)
+    if num_candidates == 0:
+        return refined, merged_into
+
+    with torch.no_grad():
+        is_anchor = is_kept & ~is_focus
+        absorbs = is_anchor & cosines.finite.gather(1, kept)
+        similarity = cosines.rows(kept).masked_fill(~absorbs[..., None], -torch.inf)  # (batch, num_kept, num_tokens)
+        slot = similarity.argmax(1)  # the first of equal ones, on every device
+        similarity = similarity.amax(1)
+
+        # Padding writes to a column that is cut off.
+        is_dropped = torch.cat([mask, mask[:, :1]], dim=1).scatter(1, kept.masked_fill(~is_kept, num_tokens), False)
+        can_merge = is_dropped[:, :num_tokens] & cosines.finite & similarity.isfinite()
+        order = similarity.masked_fill(~can_merge, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        candidates = order[:, :num_candidates]
+        dtype = torch.float32 if mask.device.type == "mps" else torch.float64
+        num_merged = (kappa * is_anchor.sum(-1, keepdim=True).to(dtype) + 1e-6).floor()
+        is_merged = torch.arange(num_candidates, device=mask.device) < num_merged
+        is_merged = is_merged & can_merge.gather(1, candidates)
+        slot = slot.gather(1, candidates)
+        merged_into = merged_into.scatter(1, candidates, kept.gather(1, slot).masked_fill(~is_merged, -1))
+
+        absorbed = (slot[:, None] == torch.arange(width, device=mask.device)[:, None]) & is_merged[:, None]
+        weights = absorbed * priority.gather(1, candidates)[:, None]  # (batch, num_kept, num_candidates)
+        own_weight = priority.gather(1, kept)[..., None]
+        total = own_weight + weights.sum(-1, keepdim=True)
+        changed = absorbed.any(-1, keepdim=True) & (total > 0)
+        total = total.masked_fill(total == 0, 1.0)
+        own_weight, weights = own_weight / total, weights / total
+
+    merged = _take(features, candidates).float().masked_fill(~is_merged[..., None], 0.0)
+    mean = own_weight * refined.float() + weights @ merged
+    return torch.where(changed, mean.to(features.dtype), refined), merged_into
+
+
+def _check_arguments(features, saliency, relevance, num_visual_tokens, mask, focus_mass, max_num_visual_tokens):
+    if features.ndim != 3 or features.shape[1] == 0:
+        raise ValueError(
+            "`features` must have the shape (batch, num_tokens, hidden_size) with at least one token, "
+            f"but its shape is {tuple(features.shape)}."
+        )
+    shape = features.shape[:2]
+    for name, tensor in (("saliency", saliency), ("relevance", relevance), ("mask", mask)):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"`{name}` must have the shape (batch, num_tokens) = {tuple(shape)} of `features`, "
+                f"but its shape is {tuple(tensor.shape)}."
+            )
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(
+            f"`mask` must be a bool tensor, but its dtype is {mask.dtype}. Convert it with `mask.bool()`."
+        )
+    if isinstance(num_visual_tokens, torch.Tensor):
+        if num_visual_tokens.dtype != torch.long or num_visual_tokens.shape != shape[:1]:
+            raise ValueError(
+                f"A tensor `num_visual_tokens` must be a LongTensor of shape (batch,) = {tuple(shape[:1])}, "
+                f"but it is {num_visual_tokens.dtype} of shape {tuple(num_visual_tokens.shape)}."
+            )
+        if max_num_visual_tokens is not None and max_num_visual_tokens < 1:
+            raise ValueError(f"`max_num_visual_tokens` must be at least 1, but it is {max_num_visual_tokens}.")
+    elif num_visual_tokens < 1:
+        raise ValueError(f"`num_visual_tokens` must be at least 1, but it is {num_visual_tokens}.")
+    if focus_mass not in ("all", "budget"):
+        raise ValueError(f'`focus_mass` must be "all" or "budget", but it is {focus_mass!r}.')
