@@ -13,7 +13,7 @@ __all__ = ["FSRLlavaProcessor"]
 
 class FSRLlavaProcessor(QueryProcessorMixin, RemoteCodeMixin, LlavaProcessor):
     r"""
-    [`LlavaProcessor`] that also emits `query_input_ids` and `query_attention_mask`, what Focus looks for in the images.
+    [`LlavaProcessor`] that also emits `query_input_ids` and `query_attention_mask`: what Focus looks for in an image.
 
     Args:
         image_processor ([`CLIPImageProcessor`]):

@@ -1,7 +1,7 @@
-"""The query: the user's words, cut into chunks of CLIP's context length, as the processors of all families emit them."""
+"""The query: the user's words in chunks of CLIP's context length, as the processors of all families emit them."""
 
-import os
 import re
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -54,11 +54,11 @@ def find_turn_markers(tokenizer: Any, chat_template: str) -> TurnMarkers | None:
         messages = [
             {"role": role, "content": [{"type": "text", "text": text}] if as_list else text} for role, text in turns
         ]
-        try:
+        with suppress(Exception):  # a template raises whatever it likes on a role or a content that it does not know
             rendered = tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False)
-        except Exception:  # a template raises whatever it likes on a role or a content that it does not know
-            return ""
-        return rendered if all(rendered.count(text) == 1 for _, text in turns) else ""
+            if all(rendered.count(text) == 1 for _, text in turns):
+                return rendered
+        return ""
 
     talk = [("user", question), ("assistant", answer), ("user", follow_up)]
     for as_list in (False, True):
@@ -73,12 +73,14 @@ def find_turn_markers(tokenizer: Any, chat_template: str) -> TurnMarkers | None:
     answer_end = exchange.partition(answer)[2]
     to_follow_up = whole.partition(answer)[2].partition(follow_up)[0]
 
-    # "</s>USER: " follows an answer, "</s>" alone ends it, so "USER: " opens the turn; it must stand before the first
-    # question too, where a template's own system prompt may precede it.
-    header = to_follow_up.removeprefix(answer_end)
-    user = os.path.commonprefix([header[::-1], head[::-1]])[::-1].strip() or to_follow_up.strip()
+    # "</s>USER: " follows an answer, and "</s>" alone ends it: "USER:" opens the turn. It also opens the first one,
+    # where a template may write its own system prompt before it.
+    header = to_follow_up.removeprefix(answer_end).strip()
     for token in (tokenizer.eos_token, tokenizer.bos_token):
-        user = user.removeprefix(token or "").strip() or user
+        header = header.removeprefix(token or "").strip()
+    head = head.rstrip()
+    user = next(header[start:] for start in range(len(header) + 1) if head.endswith(header[start:])).strip()
+    user = user or to_follow_up.strip()
 
     user_end = user_end if to_answer.startswith(user_end) else ""
     end = tuple(marker for marker in (user_end.strip(), to_answer.removeprefix(user_end).strip()) if marker)
@@ -90,7 +92,7 @@ def find_turn_markers(tokenizer: Any, chat_template: str) -> TurnMarkers | None:
 
 def last_user_words(text: str, markers: TurnMarkers) -> str:
     """
-    Cut the last user's turn out of a rendered prompt.
+    Cut the user's last turn out of a rendered prompt.
 
     A header counts only once the turn before it has ended, so a question may quote it. A text without any header is a
     question from its beginning on.
@@ -111,9 +113,9 @@ def check_query_tokenizer(query_tokenizer: Any) -> CLIPTokenizer:
     """Return CLIP's tokenizer, refuse any other: a folder without one silently gives the language model's."""
     if not isinstance(query_tokenizer, CLIPTokenizer):
         raise ValueError(
-            f"`query_tokenizer` must be a `CLIPTokenizer`, the one of the model's text tower, and is a "
-            f"`{type(query_tokenizer).__name__}`. A saved processor keeps it in the subfolder `query_tokenizer`: if that "
-            "is missing, save it there. For a model without a text tower, use the stock processor of its family."
+            "`query_tokenizer` must be a `CLIPTokenizer`, the one of the model's text tower, and is a "
+            f"`{type(query_tokenizer).__name__}`. A saved processor keeps it in the subfolder `query_tokenizer`: save "
+            "it there if it is missing. For a model without a text tower, use the stock processor of its family."
         )
     return query_tokenizer
 
@@ -122,13 +124,13 @@ class QueryProcessorMixin:
     """
     Adds `query_input_ids` and `query_attention_mask` to what a stock processor returns.
 
-    Comes before the stock class, whose `__init__` the subclass writes out with `query_tokenizer` as one more attribute,
-    after those of the stock class. Both keys are `[batch_size, num_chunks * query_chunk_length]`. Each chunk holds up to
+    Comes before the stock class, whose `__init__` the subclass writes out with `query_tokenizer` as one more attribute
+    after the stock ones. Both keys are `[batch_size, num_chunks * query_chunk_length]`. Each chunk holds up to
     `query_chunk_length - 2` tokens of the query between its own BOS and EOS, padded on the right. A row with fewer
-    chunks than another, or with an empty query, holds chunks whose mask is 0.
+    chunks than another, or with an empty query, ends in chunks of padding, whose mask is 0.
 
-    The query of a row is, in this order: the `query` argument; in `apply_chat_template`, the text of the last message of
-    the user; else what `text` holds of the last user's turn, found by the chat template's own markers.
+    The query of a row is, in this order: the `query` argument; in `apply_chat_template`, the text of the user's last
+    message; else what `text` holds of the user's last turn, found by the chat template's own markers.
     """
 
     query_chunk_length = 77
@@ -173,7 +175,7 @@ class QueryProcessorMixin:
 
         Args:
             query (`str` or `list[str]`, *optional*):
-                Takes the place of the text of the last message of the user: one string for all conversations, or a list
+                Takes the place of the text of the user's last message: one string for all conversations, or a list
                 with one string for each.
         """
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
@@ -195,17 +197,19 @@ class QueryProcessorMixin:
         return [*names, "query_input_ids", "query_attention_mask"]
 
     def queries_from_conversations(self, conversations: list[list[dict[str, Any]]]) -> list[str]:
-        """Text of the last message of the user in each conversation, its parts joined by a space; `""` without one."""
+        """Text of the user's last message in each conversation, its parts joined by a space; `""` without one."""
         queries = []
         for messages in conversations:
-            content = next((m.get("content") for m in reversed(messages) if m["role"] == "user"), None) or ""
+            content = (
+                next((turn.get("content") for turn in reversed(messages) if turn.get("role") == "user"), None) or ""
+            )
             if not isinstance(content, str):
                 content = " ".join(part["text"] for part in content if part.get("type") == "text")
             queries.append(self._words(content))
         return queries
 
     def queries_from_text(self, texts: list[str]) -> list[str]:
-        """Words of the last user's turn of each text, without placeholders, special tokens, system prompt and answer."""
+        """Words of the user's last turn of each text, without placeholders, special tokens, system prompt, answer."""
         template = self.chat_template or self.tokenizer.chat_template
         if isinstance(template, dict):
             template = template.get("default")
