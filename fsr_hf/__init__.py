@@ -1,3 +1,40 @@
-"""Focus-Scan-Refine visual-token pruning for vision-language models of transformers."""
+"""
+Focus-Scan-Refine visual-token pruning for vision-language models of transformers.
+
+Importing the package registers its classes with `AutoConfig`, `AutoModel`, `AutoModelForImageTextToText` and
+`AutoProcessor`, and makes whatever they save carry its code.
+"""
 
 __version__ = "0.1.0"
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from .configuration.configuration_fsr import FSRConfig
+from .configuration.configuration_fsr_llava import FSRLlavaConfig
+from .configuration.remote_code import RemoteCodeMixin
+from .hub.export import export
+from .hub.families import FAMILIES
+from .hub.flatten import write_remote_code
+from .modeling.fsr import VisualSelection, select_visual_tokens
+from .modeling.modeling_fsr_llava import FSRLlavaForConditionalGeneration
+from .processing.processing_fsr_llava import FSRLlavaProcessor
+
+
+__all__ = [
+    "FSRConfig",
+    "FSRLlavaConfig",
+    "FSRLlavaForConditionalGeneration",
+    "FSRLlavaProcessor",
+    "VisualSelection",
+    "__version__",
+    "export",
+    "select_visual_tokens",
+]
+
+RemoteCodeMixin._write_remote_code = write_remote_code
+for _family in FAMILIES:
+    AutoConfig.register(_family.config.model_type, _family.config, exist_ok=True)
+    AutoModel.register(_family.config, _family.model, exist_ok=True)
+    AutoModelForImageTextToText.register(_family.config, _family.model, exist_ok=True)
+    if _family.processor is not None:
+        AutoProcessor.register(_family.config, _family.processor, exist_ok=True)

@@ -10,7 +10,7 @@ __all__ = ["RemoteCodeMixin"]
 
 class RemoteCodeMixin:
     """
-    Makes `save_pretrained` and `push_to_hub` write folders that load with `trust_remote_code=True` and nothing installed.
+    Makes `save_pretrained` and `push_to_hub` write folders that load with `trust_remote_code=True`, nothing installed.
 
     Comes before the stock class: `class FSRLlavaConfig(RemoteCodeMixin, LlavaConfig)`. The installed package sets the
     writer. In a copy that was itself loaded from a Hub folder there is none: its modules are flat already, and

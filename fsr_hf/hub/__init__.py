@@ -1,0 +1,1 @@
+"""From the package to a folder of the Hub: its code, its config and its weights."""

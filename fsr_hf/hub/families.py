@@ -1,0 +1,43 @@
+"""The model families, one line each: everything outside a family's own files learns of it here."""
+
+from typing import NamedTuple
+
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from ..configuration.configuration_fsr_llava import FSRLlavaConfig
+from ..modeling.modeling_fsr_llava import FSRLlavaForConditionalGeneration
+from ..processing.processing_fsr_llava import FSRLlavaProcessor
+
+
+__all__ = ["FAMILIES", "Family"]
+
+
+class Family(NamedTuple):
+    """The classes of a family, and the `model_type` of the stock checkpoints that it takes."""
+
+    stock_model_type: str
+    config: type[PreTrainedConfig]
+    model: type[PreTrainedModel]
+    processor: type[ProcessorMixin] | None  # None: the stock processor
+
+    @property
+    def classes(self) -> tuple[type, ...]:
+        return tuple(cls for cls in (self.config, self.model, self.processor) if cls is not None)
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """Which class of which flat file each Auto class loads; both model classes are the generative one."""
+        classes: dict[str, type | None] = {
+            "AutoConfig": self.config,
+            "AutoModel": self.model,
+            "AutoModelForImageTextToText": self.model,
+            "AutoProcessor": self.processor,
+        }
+        return {
+            auto: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+            for auto, cls in classes.items()
+            if cls is not None
+        }
+
+
+FAMILIES = (Family("llava", FSRLlavaConfig, FSRLlavaForConditionalGeneration, FSRLlavaProcessor),)

@@ -1,0 +1,132 @@
+"""The package as the flat files of a Hub folder, which transformers loads with `trust_remote_code=True`."""
+
+import ast
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from .families import FAMILIES, Family
+
+
+__all__ = ["flat_files", "write_remote_code"]
+
+_PACKAGE = __name__.partition(".")[0]
+_ALLOWED = sys.stdlib_module_names | {"torch", "transformers"}
+_ALLOWED_MODULES = {"huggingface_hub.dataclasses"}
+_OPTIONAL = {"triton"}  # inside `try:` only, where transformers does not ask for it
+_TRAVELS_WITH = """
+
+from typing import TYPE_CHECKING  # noqa: E402
+
+
+if TYPE_CHECKING:
+    # transformers copies and downloads the files that it finds named in imports. These names keep the code together
+    # when a config or a processor is loaded or saved by itself.
+"""
+
+
+def write_remote_code(obj: Any, directory: str | os.PathLike) -> None:
+    """
+    Writes the code that `obj`, a config, a model or a processor of this package, needs in order to load from
+    `directory`, and names its classes in the `auto_map` of a config or a processor. (A model saves its config.)
+    """
+    family = next(family for family in FAMILIES if isinstance(obj, family.classes))
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, source in flat_files(family).items():
+        (directory / name).write_text(source, encoding="utf-8")
+    if isinstance(obj, family.config):
+        obj.auto_map = family.auto_map
+    elif family.processor is not None and isinstance(obj, family.processor):
+        obj.auto_map = {"AutoProcessor": family.auto_map["AutoProcessor"]}
+
+
+@cache
+def flat_files(family: Family) -> dict[str, str]:
+    """
+    The modules that the classes of a family need, found by walking their imports, as `{file name: source}`.
+
+    Raises:
+        `ValueError`: naming module and line, if a module imports what a Hub folder cannot: another package than torch
+            and transformers, an `__init__`, a whole module, or two modules of one basename.
+    """
+    entries = {cls.__module__: cls.__name__ for cls in family.classes}
+    files: dict[str, str] = {}
+    origin: dict[str, str] = {}
+    pending = list(entries)
+    while pending:
+        module = pending.pop()
+        basename = module.rpartition(".")[2]
+        if origin.setdefault(basename, module) != module:
+            raise ValueError(f"{module} and {origin[basename]} would be one flat file: rename one of them.")
+        if f"{basename}.py" in files:
+            continue
+        source, needed = _flatten_module(module)
+        if module in entries:
+            others = {other: name for other, name in entries.items() if other != module and other not in needed}
+            if others:
+                source += _TRAVELS_WITH
+                for other, name in others.items():
+                    source += f"    from .{other.rpartition('.')[2]} import {name}  # noqa: F401\n"
+        files[f"{basename}.py"] = f"# Generated from {_PACKAGE} {__version__} ({module}), do not edit.\n{source}"
+        pending += needed
+    return dict(sorted(files.items()))
+
+
+def _flatten_module(module: str) -> tuple[str, list[str]]:
+    """The source of `module` with its in-package imports made flat, and the modules that these name."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.loader is not None
+    source = spec.loader.get_source(module)  # type: ignore[attr-defined]
+    lines = source.splitlines(keepends=True)
+    needed = []
+    for node, is_optional in _imports(ast.parse(source)):
+        place = f"{module}, line {node.lineno}, `{ast.unparse(node)}`"
+        if isinstance(node, ast.ImportFrom) and node.level:
+            target = importlib.util.resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
+            _check_in_package(target, place)
+            before, statement = lines[node.lineno - 1][: node.col_offset], lines[node.lineno - 1][node.col_offset :]
+            flat = f"from .{target.rpartition('.')[2]} import"
+            statement, found = re.subn(r"^from\s+[.\w]+\s+import\b", flat, statement)
+            if not found:
+                raise ValueError(f"{place}: write `from .x import` on one line.")
+            lines[node.lineno - 1] = before + statement
+            needed.append(target)
+        else:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            for name in names:
+                root = name.partition(".")[0]
+                if root not in _ALLOWED and name not in _ALLOWED_MODULES and not (root in _OPTIONAL and is_optional):
+                    raise ValueError(
+                        f"{place}: the code of a Hub folder imports the standard library, torch, transformers, "
+                        f"huggingface_hub.dataclasses, and triton inside `try:`, but not {name!r}."
+                    )
+    source = "".join(lines)
+    # transformers finds imports by this pattern, in docstrings too, and fails on a file that does not exist.
+    seen = set(re.findall(r"^\s*(?:from|import)\s+\.(\S+)", source, flags=re.MULTILINE))
+    stray = seen - {target.rpartition(".")[2] for target in needed}
+    if stray:
+        raise ValueError(f"{module}: transformers would take a line of text for an import of {', '.join(stray)}.")
+    return source, needed
+
+
+def _imports(node: ast.AST, is_optional: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """Every import below `node`, and whether it stands in the body of a `try:`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child, is_optional
+        else:
+            in_try = isinstance(node, ast.Try) and child in node.body
+            yield from _imports(child, is_optional or in_try)
+
+
+def _check_in_package(target: str, place: str) -> None:
+    spec = importlib.util.find_spec(target) if target.startswith(f"{_PACKAGE}.") else None
+    if spec is None or spec.submodule_search_locations is not None:
+        raise ValueError(f"{place}: import names from a module of the package, not from {target}.")
