@@ -42,12 +42,12 @@ class VisualSelection:
             Row of the prompt batch that the item belongs to, where a model fills it in.
     """
 
-    indices: torch.LongTensor
-    is_focus: torch.BoolTensor
-    features: torch.FloatTensor
-    priority: torch.FloatTensor
-    merged_into: torch.LongTensor
-    grid: torch.LongTensor | None = None
+    indices: torch.Tensor
+    is_focus: torch.Tensor
+    features: torch.Tensor
+    priority: torch.Tensor
+    merged_into: torch.Tensor
+    grid: torch.Tensor | None = None
     modality: str | None = None
     row: int | None = None
 
@@ -129,24 +129,15 @@ def select_visual_tokens(
     with torch.autocast(autocast_device, enabled=False):
         with torch.no_grad():
             priority = _priority(saliency, relevance, mask, alpha, beta)
-            order, num_focus = _focus(priority, mask, budgets, rho, focus_mass)
             cosines = _Cosines(features)
-            anchors = _scan(cosines, mask, order[:, :width], num_focus)
-
-            # Column num_tokens collects the picks beyond a row's own numbers.
-            steps = torch.arange(width, device=device)
-            focus = order[:, :width].masked_fill(steps >= num_focus[:, None], num_tokens)
-            anchors = anchors.masked_fill(steps[1:] > (budgets - num_focus)[:, None], num_tokens)
-            kept = torch.cat([focus, anchors], dim=1).sort(dim=1).values[:, :width]
-            is_focus = torch.zeros((batch, num_tokens + 1), dtype=torch.bool, device=device)
-            is_focus = is_focus.scatter(1, focus, True)[:, :num_tokens]
-
-            is_kept = kept < num_tokens
-            kept = kept.clamp(max=num_tokens - 1)
-            is_focus = is_focus.gather(1, kept) & is_kept
-        refined, merged_into = _refine(features, cosines, priority, mask, kept, is_kept, is_focus, kappa)
+            focus = _focus(priority, mask, budgets, width, rho, focus_mass)
+            anchors = _scan(cosines, mask, focus, budgets)
+            kept, source = torch.cat([focus, anchors], dim=1).sort(dim=1)
+            kept, source = kept[:, :width], source[:, :width]
+            is_focus = (kept < num_tokens) & (source < width)
+        refined, merged_into = _refine(features, cosines, priority, mask, kept, is_focus, kappa)
     return VisualSelection(
-        indices=kept.masked_fill(~is_kept, -1),
+        indices=kept.masked_fill(kept == num_tokens, -1),
         is_focus=is_focus,
         features=refined,
         priority=priority,
@@ -171,19 +162,25 @@ def _min_max(scores, mask):
     # Halves, because the span of finite scores can overflow.
     span = high / 2 - low / 2
     normalized = (torch.where(finite, scores, low) / 2 - low / 2) / span
-    return torch.where(span > 0, normalized, 1.0)
+    return normalized.masked_fill(span <= 0, 1.0)
 
 
-def _focus(priority, mask, budgets, rho, focus_mass):
-    """Eq. 4: all tokens by descending priority, and how many of the first ones hold the share `rho` of the mass."""
+def _focus(priority, mask, budgets, width, rho, focus_mass):
+    """
+    Eq. 4: the fewest tokens of highest priority that hold the share `rho` of the mass, but no more than the budget.
+
+    Returns their positions by descending priority, `(batch, width)`, filled up with `num_tokens`.
+    """
+    num_tokens = mask.shape[1]
     order = priority.masked_fill(~mask, -1.0).argsort(dim=-1, descending=True, stable=True)
-    # A float32 sum stops growing before it reaches the share; MPS has no float64.
-    dtype = torch.float32 if priority.device.type == "mps" else torch.float64
+    # In float32 the sum can stop growing before the share is reached. MPS has no float64.
+    dtype = torch.float32 if mask.device.type == "mps" else torch.float64
     mass = priority.gather(1, order).to(dtype).cumsum(-1)
     total = mass.gather(1, budgets[:, None].clamp(min=1) - 1) if focus_mass == "budget" else mass[:, -1:]
-    counts = torch.arange(1, mass.shape[1] + 1, device=mass.device)
-    num_focus = torch.where(mass >= rho * total, counts, mass.shape[1]).amin(-1)
-    return order, torch.minimum(num_focus, budgets)
+    counts = torch.arange(1, num_tokens + 1, device=mask.device)
+    num_focus = counts.expand_as(mass).masked_fill(mass < rho * total, num_tokens).amin(-1)
+    num_focus = torch.minimum(num_focus, budgets)
+    return order[:, :width].masked_fill(counts[:width] > num_focus[:, None], num_tokens)
 
 
 class _Cosines:
@@ -213,42 +210,52 @@ def _take(tensor, tokens):
     return tensor.gather(1, tokens[..., None].expand(-1, -1, tensor.shape[-1]))
 
 
-def _scan(cosines, mask, candidates, num_focus):
+def _without(mask, tokens):
+    """The mask less `tokens` `(batch, k)`, where `num_tokens` stands for none."""
+    return torch.nn.functional.pad(mask, (0, 1)).scatter(1, tokens, False)[:, :-1]
+
+
+def _scan(cosines, mask, focus, budgets):
     """
     Eq. 5: from the Focus tokens on, add again and again the token that is farthest from all that were chosen.
 
     Greedy k-center with fixed centres, so the farthest token is at most twice as far from its nearest kept token as
     in the best choice of anchors, in the metric sqrt(1 - cos) (Eqs. 6 and 7).
 
-    Returns the anchors in the order of their choice, `(batch, num_candidates - 1)`. A row uses as many of them as its
-    budget leaves: the choice of an anchor depends on the earlier ones only.
+    Returns the positions of the anchors in the order of their choice, `(batch, width - 1)`, filled up with
+    `num_tokens`.
     """
-    is_focus = torch.arange(candidates.shape[1], device=candidates.device) < num_focus[:, None]
+    num_tokens, width = mask.shape[1], focus.shape[1]
+    is_focus = focus < num_tokens
     # Cosine of each token to the closest one chosen so far; infinity takes a token out of the choice.
-    closest = cosines.rows(candidates).masked_fill(~is_focus[..., None], -torch.inf).amax(1)
-    chosen = torch.zeros_like(mask).scatter(1, candidates, is_focus)
-    closest = closest.masked_fill(chosen | ~mask, torch.inf)
-    anchors = [candidates[:, :0]]
-    for _ in range(candidates.shape[1] - 1):
+    closest = cosines.rows(focus.clamp(max=num_tokens - 1)).masked_fill(~is_focus[..., None], -torch.inf).amax(1)
+    closest = closest.masked_fill(~_without(mask, focus), torch.inf)
+    anchors = [focus[:, :0]]
+    for _ in range(width - 1):
         anchor = closest.argmin(-1, keepdim=True)  # the first of equal ones, on every device
         closest = torch.maximum(closest, cosines.rows(anchor).squeeze(1)).scatter_(1, anchor, torch.inf)
         anchors.append(anchor)
-    return torch.cat(anchors, dim=1)
+    # No choice depends on a later one, so a row with room for fewer anchors takes the first of them.
+    num_anchors = budgets - is_focus.sum(-1)
+    counts = torch.arange(1, width, device=mask.device)
+    return torch.cat(anchors, dim=1).masked_fill(counts > num_anchors[:, None], num_tokens)
 
 
-def _refine(features, cosines, priority, mask, kept, is_kept, is_focus, kappa):
+def _refine(features, cosines, priority, mask, kept, is_focus, kappa):
     """
     Eqs. 8 and 9: of the tokens not kept, those most similar to an anchor are merged into it.
 
     Applied over all tokens that an anchor absorbs, the update of Eq. 9 is their mean, weighted by priority.
 
-    Returns the kept tokens after Refine, `(batch, num_kept, hidden_size)`, and the anchor of each token or -1,
+    Returns the kept tokens after Refine, `(batch, width, hidden_size)`, and the anchor of each token or -1,
     `(batch, num_tokens)`.
     """
+    num_tokens, width = mask.shape[1], kept.shape[1]
+    is_kept, is_dropped = kept < num_tokens, _without(mask, kept)
+    kept = kept.clamp(max=num_tokens - 1)
     refined = _take(features, kept).masked_fill(~is_kept[..., None], 0.0)
     merged_into = torch.full_like(mask, -1, dtype=torch.long)
-    num_tokens, width = mask.shape[1], kept.shape[1]
-    # The most that any row merges, known from shapes: one of the kept tokens is a Focus token.
+    # The most that a row can merge: one of the kept tokens is a Focus token.
     num_candidates = min(int(kappa * (width - 1) + 1e-6), num_tokens - 1)
     if num_candidates == 0:
         return refined, merged_into
@@ -256,24 +263,24 @@ def _refine(features, cosines, priority, mask, kept, is_kept, is_focus, kappa):
     with torch.no_grad():
         is_anchor = is_kept & ~is_focus
         absorbs = is_anchor & cosines.finite.gather(1, kept)
-        similarity = cosines.rows(kept).masked_fill(~absorbs[..., None], -torch.inf)  # (batch, num_kept, num_tokens)
+        similarity = cosines.rows(kept).masked_fill(~absorbs[..., None], -torch.inf)  # (batch, width, num_tokens)
         slot = similarity.argmax(1)  # the first of equal ones, on every device
         similarity = similarity.amax(1)
 
-        # Padding writes to a column that is cut off.
-        is_dropped = torch.cat([mask, mask[:, :1]], dim=1).scatter(1, kept.masked_fill(~is_kept, num_tokens), False)
-        can_merge = is_dropped[:, :num_tokens] & cosines.finite & similarity.isfinite()
+        can_merge = is_dropped & cosines.finite & similarity.isfinite()
         order = similarity.masked_fill(~can_merge, -torch.inf).argsort(dim=-1, descending=True, stable=True)
         candidates = order[:, :num_candidates]
+        slot = slot.gather(1, candidates)
+        # float32 would be off by more than the slack.
         dtype = torch.float32 if mask.device.type == "mps" else torch.float64
         num_merged = (kappa * is_anchor.sum(-1, keepdim=True).to(dtype) + 1e-6).floor()
         is_merged = torch.arange(num_candidates, device=mask.device) < num_merged
         is_merged = is_merged & can_merge.gather(1, candidates)
-        slot = slot.gather(1, candidates)
         merged_into = merged_into.scatter(1, candidates, kept.gather(1, slot).masked_fill(~is_merged, -1))
 
+        # (batch, width, num_candidates): what each kept token absorbs, and its weight
         absorbed = (slot[:, None] == torch.arange(width, device=mask.device)[:, None]) & is_merged[:, None]
-        weights = absorbed * priority.gather(1, candidates)[:, None]  # (batch, num_kept, num_candidates)
+        weights = absorbed * priority.gather(1, candidates)[:, None]
         own_weight = priority.gather(1, kept)[..., None]
         total = own_weight + weights.sum(-1, keepdim=True)
         changed = absorbed.any(-1, keepdim=True) & (total > 0)
