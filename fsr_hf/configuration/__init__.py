@@ -1,0 +1,1 @@
+"""Configurations: `FSRConfig` and one class per family."""

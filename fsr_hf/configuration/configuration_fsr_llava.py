@@ -1,0 +1,41 @@
+"""Configuration of LLaVA-1.5 with FSR."""
+
+from typing import ClassVar
+
+from transformers import LlavaConfig, PreTrainedConfig
+
+from .configuration_fsr import FSRConfig, FSRConfigMixin
+from .remote_code import RemoteCodeMixin
+
+
+__all__ = ["FSRLlavaConfig"]
+
+
+class FSRLlavaConfig(RemoteCodeMixin, FSRConfigMixin, LlavaConfig):
+    r"""
+    [`LlavaConfig`] with an [`FSRConfig`]. By default an image keeps 128 of its 576 tokens.
+
+    Args:
+        fsr_config (`FSRConfig` or `dict`, *optional*):
+            The hyper-parameters of the pruning. All other arguments are those of [`LlavaConfig`].
+
+    Example:
+
+    ```python
+    >>> from fsr_hf import FSRLlavaConfig, FSRLlavaForConditionalGeneration
+
+    >>> config = FSRLlavaConfig(fsr_config={"num_visual_tokens": 64})
+    >>> model = FSRLlavaForConditionalGeneration(config)
+    ```
+    """
+
+    model_type = "fsr_llava"
+    sub_configs: ClassVar[dict] = {**LlavaConfig.sub_configs, "fsr_config": FSRConfig}
+    fsr_defaults: ClassVar[dict] = {
+        "num_visual_tokens": 128,
+        "pool": "item",
+        "newline": "drop",
+        "positions": "compact",
+    }
+
+    fsr_config: dict | PreTrainedConfig | None = None

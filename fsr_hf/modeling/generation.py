@@ -1,0 +1,811 @@
+"""`generate()` and `forward()` over prompts whose visual tokens FSR has pruned."""
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import TransformersKwargs, logging
+
+from .fsr import VisualSelection, select_visual_tokens
+from .prompt import CompressedPrompt, VisualItem, plan_columns, restore_logits
+
+
+__all__ = ["FSRGenerationMixin", "VisualPools"]
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class VisualPools:
+    """
+    The visual tokens of a batch as the method sees them: pools of tokens that compete with each other.
+
+    Args:
+        features (`torch.FloatTensor` of shape `(pools, tokens, hidden_size)`):
+            Tokens as the language model would receive them.
+        saliency (`torch.FloatTensor` of shape `(pools, tokens)`):
+            Eq. 1.
+        relevance (`torch.FloatTensor` of shape `(pools, tokens)`, *optional*):
+            Eq. 2, higher for what is more relevant.
+        items (`list[int]`):
+            The image or video that each pool belongs to. The pools of one item stand together.
+        sizes (`list[int]`):
+            Real tokens of each pool; they come first, the rest of a row is padding.
+        numbers (`torch.LongTensor` of shape `(pools, tokens)`, *optional*):
+            Position of each token in its item's run of placeholders; `None` if pools are whole items in order.
+        runs (`list[torch.Tensor]`):
+            For each item, the rows of the stock `get_image_features().pooler_output`: `(placeholders, hidden_size)`.
+        grid (`list[torch.LongTensor]`):
+            For each item, view or frame, row and column of every placeholder: `(placeholders, 3)`.
+    """
+
+    features: torch.Tensor
+    saliency: torch.Tensor
+    relevance: torch.Tensor | None
+    items: list[int]
+    sizes: list[int]
+    numbers: torch.Tensor | None
+    runs: list[torch.Tensor]
+    grid: list[torch.Tensor]
+
+
+class FSRGenerationMixin:
+    """
+    Prunes the visual tokens of a prompt before the language model sees it. It stands before a stock
+    `...ForConditionalGeneration` class, which does all the rest: `generate()` and `forward()` of that class run on the
+    embeddings of the compressed prompt.
+
+    A family says what its visual inputs are and where tokens and scores come from: `visual_inputs`,
+    [`~FSRGenerationMixin.find_items`], [`~FSRGenerationMixin.encode_visuals`] and, where it has its own positions,
+    [`~FSRGenerationMixin.full_position_ids`].
+    """
+
+    # Inputs that only the towers (and the search for placeholders) read; the first of each modality holds its pixels.
+    visual_inputs: ClassVar[tuple[str, ...]] = ()
+    pixel_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    # `guidance_scale` runs a second prompt through the model, which not every family can give positions to.
+    supports_guidance: ClassVar[bool] = True
+
+    # ------------------------------------------------------------------ what a family says
+
+    def placeholder_ids(self) -> list[int]:
+        """Ids of the placeholders that pixels fill."""
+        return [self.config.image_token_id]
+
+    def find_items(self, input_ids: torch.LongTensor, **visual: Any) -> list[VisualItem]:
+        """The images and videos of a prompt (on the CPU), from shapes and grids alone; raises `ValueError` on a mismatch."""
+        raise NotImplementedError
+
+    def num_candidates(self, items: list[VisualItem], **visual: Any) -> list[int]:
+        """How many tokens of each item can be kept or dropped: its placeholders without newlines."""
+        return [item.length for item in items]
+
+    def encode_visuals(self, items: list[VisualItem], query: torch.Tensor | None, **visual: Any) -> VisualPools:
+        """Run the towers. `query`: `(batch, projection_dim)` from [`CLIPRelevance`], one row for each row of the prompt."""
+        raise NotImplementedError
+
+    def full_position_ids(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, **visual: Any
+    ) -> torch.LongTensor:
+        """Positions `(..., batch, length)` of the whole prompt, used with `positions="original"`."""
+        return _positions(attention_mask)
+
+    # ------------------------------------------------------------------ compression
+
+    def _compress(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        visual: dict[str, Any],
+        query: tuple[torch.Tensor | None, torch.Tensor | None],
+        fsr,
+        return_selections: bool = False,
+    ) -> tuple[CompressedPrompt | None, list[VisualSelection] | None]:
+        """
+        Prune the prompt `(batch, length)` under the settings `fsr`.
+
+        All checks come first, on the host: one copy of ids and mask is the only wait for the device.
+
+        Returns:
+            The compressed prompt, or `None` if every image is within its budget; and one [`VisualSelection`] for each
+            image or video if `return_selections`.
+        """
+        host_ids, host_mask = input_ids.cpu(), attention_mask.cpu()
+        items = self.find_items(host_ids, **visual)
+        candidates = self.num_candidates(items, **visual)
+        budgets = [fsr.budget(number) for number in candidates]
+        is_pruned = [budget < number for budget, number in zip(budgets, candidates)]
+        if not any(is_pruned) and not return_selections:
+            return None, None
+
+        query = self._check_query(query, fsr, len(input_ids))
+        query = None if query is None else self.text_encoder.encode_query(*query)
+        pools = self.encode_visuals(items, query, **visual)
+        indices, features, kept, selections = _select(pools, items, budgets, is_pruned, fsr, return_selections)
+        if not any(is_pruned):
+            return None, selections
+
+        device = input_ids.device
+        columns, slots = plan_columns(host_mask, items, kept)
+        is_visual = torch.zeros(columns.numel(), dtype=torch.bool).index_fill(0, slots, True).view(columns.shape)
+        starts = torch.tensor([item.start for item in items]).repeat_interleave(torch.tensor(kept))
+        columns, slots, is_visual, starts = (
+            tensor.to(device, non_blocking=True) for tensor in (columns, slots, is_visual, starts)
+        )
+        columns = columns.flatten().index_copy(0, slots, starts + indices.to(device)).view_as(columns)
+
+        prompt = CompressedPrompt(
+            *(input_ids, features, attention_mask, attention_mask),
+            columns=columns,
+            is_visual=is_visual,
+            features=features,
+        )
+        prompt.input_ids = prompt.gather(input_ids)
+        prompt.attention_mask = prompt.gather(attention_mask).masked_fill(columns < 0, 0)
+        embeds = self.get_input_embeddings()(prompt.input_ids)
+        features = features.to(embeds.device, embeds.dtype)
+        prompt.inputs_embeds = embeds.flatten(0, 1).index_copy(0, slots.to(embeds.device), features).view_as(embeds)
+        if fsr.positions == "original":
+            prompt.position_ids = prompt.gather(self.full_position_ids(input_ids, attention_mask, **visual))
+        else:
+            prompt.position_ids = _positions(prompt.attention_mask)
+        return prompt, selections
+
+    def _check_query(self, query, fsr, batch_size: int):
+        """The question as `encode_query` takes it, or `None` (saliency alone), with a warning where it is missing."""
+        if fsr.relevance == "none":
+            return None
+        if not fsr.uses_relevance:
+            logger.warning_once(
+                "This model has no CLIP text encoder, so FSR ranks visual tokens by saliency alone. Export it with "
+                '`text_encoder=` for relevance to the question, or set `fsr_config.relevance = "none"`.'
+            )
+            return None
+        input_ids, attention_mask = query
+        if input_ids is None:
+            logger.warning_once(
+                "FSR got no `query_input_ids`, so visual tokens are ranked by saliency alone. The processor of this "
+                "model makes them from the question (`FSRLlavaProcessor`)."
+            )
+            return None
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        length = self.text_encoder.chunk_length
+        if input_ids.ndim != 2 or len(input_ids) != batch_size or input_ids.shape[1] % length or not input_ids.numel():
+            raise ValueError(
+                f"`query_input_ids` must have the shape (batch, chunks * {length}), here ({batch_size}, n * {length}), "
+                f"but its shape is {tuple(input_ids.shape)}. The model's processor makes it."
+            )
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`query_attention_mask` must have the shape of `query_input_ids`, {tuple(input_ids.shape)}, but its "
+                f"shape is {tuple(attention_mask.shape)}."
+            )
+        if not attention_mask.cpu().any(-1).all():
+            logger.warning_once("A row of the batch has no question: FSR ranks its visual tokens by saliency alone.")
+        return input_ids, attention_mask
+
+    def _pop_visual(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """Take the visual inputs out of `kwargs`; `None` (and nothing taken) if there are no pixels."""
+        if all(kwargs.get(name) is None for name in self.pixel_inputs):
+            return None
+        return {name: kwargs.pop(name) for name in self.visual_inputs if name in kwargs}
+
+    def _check_prompt(self, input_ids, attention_mask, kwargs, refused: tuple[str, ...]) -> None:
+        """What cannot stand beside pixels."""
+        if input_ids is None:
+            raise ValueError("Pixels need `input_ids`: FSR finds the placeholders of images in them.")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, but its shape is "
+                f"{tuple(attention_mask.shape)}: FSR drops columns of both."
+            )
+        for name in refused:
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` together with pixels is not supported: it refers to the whole prompt, and FSR compresses "
+                    "it. Leave it out, or pass `fsr_enabled=False` to run unpruned."
+                )
+        if _cached_length(kwargs.get("past_key_values")):
+            raise ValueError(
+                "`past_key_values` already holds tokens: going on from a cache with images in the prompt is not supported "
+                "with FSR. Pass the whole conversation without `past_key_values`, or `fsr_enabled=False` to run unpruned."
+            )
+
+    # ------------------------------------------------------------------ generate
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model=None,
+        streamer: BaseStreamer | None = None,
+        query_input_ids: torch.LongTensor | None = None,
+        query_attention_mask: torch.LongTensor | None = None,
+        num_visual_tokens: int | None = None,
+        retention_ratio: float | None = None,
+        fsr_enabled: bool | None = None,
+        output_visual_selection: bool = False,
+        **kwargs,
+    ):
+        r"""
+        As [`~transformers.GenerationMixin.generate`], on a prompt whose visual tokens have been pruned. What goes in and
+        what comes out refers to the whole prompt: `sequences` begins with `input_ids`, `max_length` counts them, and
+        streamers, logits processors and stopping criteria see them. Only the cache, `attentions` and `hidden_states`
+        have the compressed length.
+
+        Args:
+            query_input_ids (`torch.LongTensor` of shape `(batch, chunks * 77)`, *optional*):
+                The question in ids of CLIP's tokenizer, made by the model's processor.
+            query_attention_mask (`torch.LongTensor` of shape `(batch, chunks * 77)`, *optional*):
+                Its mask. Chunks whose mask is 0 are skipped.
+            num_visual_tokens (`int`, *optional*):
+                Budget of each image or video for this call, in place of the config's.
+            retention_ratio (`float`, *optional*):
+                The same as a share of its tokens. Not both.
+            fsr_enabled (`bool`, *optional*):
+                Whether to prune in this call, in place of the config's `enabled`.
+            output_visual_selection (`bool`, *optional*, defaults to `False`):
+                Whether the output has `visual_selections`: a [`VisualSelection`] for each image or video. Needs
+                `return_dict_in_generate=True`.
+
+        Raises:
+            `ValueError`: before any work, if placeholders and pixels do not match, or for an option that cannot be right
+            with a compressed prompt (the message says why).
+        """
+        arguments = {
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+            "synced_gpus": synced_gpus,
+            "assistant_model": assistant_model,
+            "streamer": streamer,
+        }
+        if getattr(generation_config, "is_assistant", False):
+            # This model drafts for another one. Embeddings of that one's prompt are of use if they have our width.
+            embeds = kwargs.get("inputs_embeds")
+            if embeds is not None and embeds.shape[-1] != self.config.get_text_config().hidden_size:
+                del kwargs["inputs_embeds"]
+            return super().generate(inputs, generation_config, **arguments, **kwargs)
+
+        fsr = self.config.fsr_config.override(num_visual_tokens, retention_ratio, fsr_enabled)
+        options = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
+        options.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+        model_kwargs = options.update(**kwargs)
+        if output_visual_selection and not (options.return_dict_in_generate and fsr.enabled):
+            raise ValueError(
+                "`output_visual_selection=True` needs `return_dict_in_generate=True`, which has a place for the selections, "
+                "and pruning that is enabled."
+            )
+        if not fsr.enabled:
+            _refuse_pruned_cache(kwargs.get("past_key_values"))
+            return super().generate(inputs, generation_config, **arguments, **kwargs)
+
+        self._check_generation(options, model_kwargs, arguments, kwargs)
+        visual = self._pop_visual(kwargs)
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        if visual is None:
+            self._check_text_prompt(input_ids, kwargs)
+            output = super().generate(inputs, generation_config, **arguments, **kwargs)
+            if output_visual_selection:
+                output["visual_selections"] = []
+            return output
+
+        attention_mask = kwargs.get("attention_mask")
+        self._check_prompt(input_ids, attention_mask, kwargs, ("position_ids",))
+        length = input_ids.shape[1]
+        if options.max_new_tokens is None and options.max_length is not None and length >= options.max_length:
+            raise ValueError(
+                f"Input length of input_ids is {length}, but `max_length` is set to {options.max_length}. This can lead to "
+                "unexpected behavior. You should consider increasing `max_length` or, better yet, setting `max_new_tokens`."
+            )
+        device = input_ids.device if self.device.type == "meta" else self.device
+        mask = _infer_attention_mask(input_ids, options) if attention_mask is None else attention_mask
+        prompt, selections = self._compress(
+            *(input_ids.to(device), mask.to(device), visual, (query_input_ids, query_attention_mask), fsr),
+            return_selections=output_visual_selection,
+        )
+        if prompt is None:
+            output = super().generate(inputs, generation_config, **arguments, **{**visual, **kwargs})
+            if output_visual_selection:
+                output["visual_selections"] = selections
+            return output
+
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("input_ids", "attention_mask")}
+        difference = length - prompt.input_ids.shape[1]
+        lengths = {}
+        if options.max_new_tokens is None and options.max_length is not None:
+            lengths["max_length"] = options.max_length - difference
+        if options.min_new_tokens is None and options.min_length:
+            lengths["min_length"] = max(options.min_length - difference, 0)
+        if generation_config is None or lengths.keys() & kwargs.keys():
+            kwargs |= lengths
+        else:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.update(**lengths)
+
+        view = _CallerView(input_ids, prompt.input_ids.shape[1])
+        output = super().generate(
+            generation_config=generation_config,
+            input_ids=prompt.input_ids,
+            inputs_embeds=prompt.inputs_embeds,
+            attention_mask=prompt.attention_mask,
+            position_ids=prompt.position_ids,
+            **view.wrap(arguments, options),
+            **kwargs,
+        )
+        if isinstance(output, torch.Tensor):
+            sequences = view.restore(output)
+        else:
+            sequences = output.sequences = view.restore(output.sequences)
+            _mark_pruned(output.past_key_values)
+        _mark_pruned(kwargs.get("past_key_values"))
+        if output_visual_selection:
+            output["visual_selections"] = selections
+        return sequences if isinstance(output, torch.Tensor) else output
+
+    def _check_generation(self, options: GenerationConfig, model_kwargs, arguments, kwargs) -> None:
+        """Refuse what would be wrong with a compressed prompt, and names that nothing reads."""
+        mode = options.get_generation_mode(arguments["assistant_model"]).value
+        refused = {
+            "prefill_chunk_size": (
+                options.prefill_chunk_size is not None,
+                "transformers drops embeddings when it splits the prefill, so images would be lost without a word",
+            ),
+            "token_healing": (
+                options.token_healing,
+                "it rewrites the ids of the prompt, which its embeddings do not follow",
+            ),
+            "cache_implementation": (
+                options.cache_implementation == "paged",
+                "continuous batching takes ids alone, so images would be lost",
+            ),
+            "custom_generate": (
+                kwargs.get("custom_generate") is not None
+                or mode in ("contrastive_search", "dola_generation", "group_beam_search", "constrained_beam_search"),
+                f"a decoding loop from elsewhere ({mode}) need not keep the embeddings of the compressed prompt",
+            ),
+            "encoder_repetition_penalty": (
+                options.encoder_repetition_penalty not in (None, 1.0),
+                "it reads the ids of the prompt as if they were an encoder's",
+            ),
+            "encoder_no_repeat_ngram_size": (
+                bool(options.encoder_no_repeat_ngram_size),
+                "it reads the ids of the prompt as if they were an encoder's",
+            ),
+            "guidance_scale": (
+                not self.supports_guidance and options.guidance_scale not in (None, 1, 1.0),
+                "the prompt without the condition would get the positions of the one with it",
+            ),
+            "inputs_embeds": (
+                kwargs.get("inputs_embeds") is not None,
+                "images in it would run unpruned; pass `input_ids` and pixels",
+            ),
+            "mm_encoder_outputs": (
+                kwargs.get("mm_encoder_outputs") is not None,
+                "images in it would run unpruned; pass `input_ids` and pixels",
+            ),
+        }
+        for name, (is_refused, reason) in refused.items():
+            if is_refused:
+                raise ValueError(
+                    f"`{name}` is not supported with FSR: {reason}. `fsr_enabled=False` runs the stock model."
+                )
+        # PEFT puts its own method on the model while it generates.
+        adapter = getattr(getattr(self.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ValueError(
+                f"PEFT {adapter.peft_type} is not supported with FSR: it adds virtual tokens to the prompt after it was "
+                "compressed. Use an adapter on the weights, such as LoRA."
+            )
+        known = {
+            *inspect.signature(self.forward).parameters,
+            *TransformersKwargs.__optional_keys__,
+            *("inputs_embeds", "tokenizer", "assistant_tokenizer", "trust_remote_code", "custom_generate"),
+            *("negative_prompt_ids", "negative_prompt_attention_mask"),
+        }
+        unknown = [name for name, value in model_kwargs.items() if value is not None and name not in known]
+        if unknown:
+            raise ValueError(
+                f"The following `model_kwargs` are not used by the model: {unknown} (note: typos in the generate arguments "
+                "will also show up in this list)"
+            )
+
+    def _check_text_prompt(self, input_ids: torch.LongTensor | None, kwargs: dict[str, Any]) -> None:
+        """A prompt without pixels must be one without placeholders."""
+        _refuse_pruned_cache(kwargs.get("past_key_values"))
+        if input_ids is None:
+            return
+        is_placeholder = torch.isin(input_ids, torch.tensor(self.placeholder_ids(), device=input_ids.device))
+        if is_placeholder.any():
+            raise ValueError(
+                f"The prompt has {int(is_placeholder.sum())} placeholders (ids {self.placeholder_ids()}) but there are no "
+                f"pixels ({', '.join(f'`{name}`' for name in self.pixel_inputs)}) to fill them. Pass what the processor "
+                "returns, whole."
+            )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values=None,
+        attention_mask: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ):
+        # The stock method takes either embeddings or ids. While assisted decoding verifies its first candidates, and while
+        # an assistant reads the prompt, the prompt's embeddings are followed by ids.
+        if inputs_embeds is not None and next_sequence_length != 1:
+            cached = _cached_length(past_key_values)
+            prompt_length = inputs_embeds.shape[1]
+            if cached < prompt_length:
+                if input_ids.shape[1] > prompt_length:
+                    new_embeds = self.get_input_embeddings()(input_ids[:, prompt_length:])
+                    inputs_embeds = torch.cat([inputs_embeds, new_embeds.to(inputs_embeds)], dim=1)
+                is_first_iteration = True
+                next_sequence_length = inputs_embeds.shape[1] - cached
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        # `generate` has compressed the prompt by now, or decided to run it as it is.
+        return {**model_inputs, "fsr_enabled": False}
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        query_input_ids: torch.LongTensor | None = None,
+        query_attention_mask: torch.LongTensor | None = None,
+        num_visual_tokens: int | None = None,
+        retention_ratio: float | None = None,
+        fsr_enabled: bool | None = None,
+        **kwargs,
+    ):
+        """What the `forward` of every family does; its signature and docstring are the family's."""
+        stock = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "logits_to_keep": logits_to_keep,
+        }
+        visual = None if fsr_enabled is False else self._pop_visual(kwargs)
+        if visual is None:
+            _check_mask_of_pruned_cache(attention_mask, input_ids, kwargs)
+            return super().forward(**stock, **kwargs)
+        fsr = self.config.fsr_config.override(num_visual_tokens, retention_ratio, fsr_enabled)
+        if not fsr.enabled:
+            return super().forward(**stock, **visual, **kwargs)
+
+        refused = (
+            "inputs_embeds",
+            "mm_encoder_outputs",
+            "position_ids",
+            "cu_seq_lens_q",
+            "cu_seq_lens_k",
+            "shift_labels",
+        )
+        self._check_prompt(input_ids, attention_mask, kwargs, refused)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompt, _ = self._compress(input_ids, mask, visual, (query_input_ids, query_attention_mask), fsr)
+        if prompt is None:
+            return super().forward(**stock, **visual, **kwargs)
+
+        if labels is not None:
+            placeholders = torch.tensor(self.placeholder_ids(), device=input_ids.device)
+            masked = labels.masked_fill(torch.isin(input_ids, placeholders), -100)
+            if kwargs.get("num_items_in_batch") is not None:
+                # Trainer counted the labels of placeholders, too. With several micro-batches to a step only this one's
+                # share of them is known here, and stands for the others'.
+                counted, counts = (tensor[:, 1:].ne(-100).sum() for tensor in (labels, masked))
+                kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * counts / counted.clamp(min=1)
+            labels = prompt.compress_labels(masked)
+        return_dict = kwargs.pop("return_dict", None)
+        # All logits for the loss, and for positions that differ from row to row; else no more than are asked for.
+        is_number = isinstance(logits_to_keep, int)
+        kwargs |= {
+            "inputs_embeds": prompt.inputs_embeds,
+            "attention_mask": prompt.attention_mask,
+            "position_ids": prompt.position_ids,
+            "labels": labels,
+            "logits_to_keep": min(logits_to_keep, prompt.columns.shape[1]) if is_number and labels is None else 0,
+        }
+        outputs = super().forward(return_dict=True, **kwargs)
+        _mark_pruned(outputs.past_key_values)
+        outputs["logits"] = restore_logits(outputs.logits, prompt.columns, input_ids.shape[1], logits_to_keep)
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return outputs if return_dict else outputs.to_tuple()
+
+    # ------------------------------------------------------------------ the text tower
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As the stock method; a checkpoint without the weights of the text tower that its config names is refused."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        lost = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+        lost = [key for key in lost if key.startswith("text_encoder.")]
+        if lost:
+            raise ValueError(
+                f"The checkpoint lacks {len(lost)} weights of the CLIP text encoder that `fsr_config.text_encoder_config` "
+                f"describes, or has them in another shape ({lost[0]}, ...): relevance would be random. Export it with "
+                '`text_encoder=`, or load with `fsr_config={"text_encoder_config": None}`.'
+            )
+        return (model, info) if output_loading_info else model
+
+    def requires_grad_(self, requires_grad: bool = True):
+        super().requires_grad_(requires_grad)
+        if getattr(self, "text_encoder", None) is not None:
+            self.text_encoder.requires_grad_(False)
+        return self
+
+
+def _positions(attention_mask: torch.LongTensor) -> torch.LongTensor:
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _cached_length(cache) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _mark_pruned(cache) -> None:
+    if cache is not None:
+        cache.is_fsr_pruned = True
+
+
+def _refuse_pruned_cache(cache) -> None:
+    if getattr(cache, "is_fsr_pruned", False) and _cached_length(cache):
+        raise ValueError(
+            "`past_key_values` comes from a prompt that FSR compressed, so its entries are not those of `input_ids`: going on "
+            "from it is not supported. Pass the whole conversation, pixels included, without `past_key_values`."
+        )
+
+
+def _check_mask_of_pruned_cache(attention_mask, input_ids, kwargs) -> None:
+    """A step of a caller's own decoding loop after a forward with pixels."""
+    cache = kwargs.get("past_key_values")
+    if not getattr(cache, "is_fsr_pruned", False) or attention_mask is None or attention_mask.ndim != 2:
+        return
+    new = input_ids if input_ids is not None else kwargs["inputs_embeds"]
+    expected = _cached_length(cache) + new.shape[1]
+    if attention_mask.shape[1] != expected:
+        raise ValueError(
+            f"`attention_mask` has {attention_mask.shape[1]} columns, but the cache of the compressed prompt and the new "
+            f"tokens have {expected}. Its columns are those of the cache, not of the caller's prompt."
+        )
+
+
+def _infer_attention_mask(input_ids: torch.LongTensor, options: GenerationConfig) -> torch.LongTensor:
+    """The mask that transformers would infer: from padding, if the prompt has any and it is not EOS."""
+    pad, eos = options.pad_token_id, options.eos_token_id
+    eos = eos if isinstance(eos, list) else [eos]
+    if pad is None or pad in eos:
+        return torch.ones_like(input_ids)
+    return input_ids.ne(pad).long()
+
+
+def _split_budget(budget: int, sizes: list[int]) -> list[int]:
+    """`budget` tokens over pools in proportion to their sizes: largest remainder, ties to the earlier pool."""
+    total = sum(sizes)
+    shares = [budget * size // total for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda pool: -(budget * sizes[pool] % total))
+    for pool in by_remainder[: budget - sum(shares)]:
+        shares[pool] += 1
+    return shares
+
+
+def _select(
+    pools: VisualPools,
+    items: list[VisualItem],
+    budgets: list[int],
+    is_pruned: list[bool],
+    fsr,
+    return_selections: bool,
+):
+    """
+    Select within every pool, and put the pools of an item together again.
+
+    Returns:
+        The kept tokens of all items, one after the other, as positions in their runs `(sum(kept),)` and features
+        `(sum(kept), hidden_size)`; how many each item keeps; and the [`VisualSelection`] of each item, if asked for.
+    """
+    device = pools.features.device
+    num_pools, width, _ = pools.features.shape
+    members = [[pool for pool, owner in enumerate(pools.items) if owner == item] for item in range(len(items))]
+    pool_budgets = [0] * num_pools
+    for item, budget in enumerate(budgets):
+        sizes = [pools.sizes[pool] for pool in members[item]]
+        for pool, share in zip(members[item], _split_budget(budget, sizes)):
+            pool_budgets[pool] = share
+    is_uniform = len(set(pool_budgets)) == 1 and set(pools.sizes) == {width}
+    if is_uniform:
+        mask, number, most = None, pool_budgets[0], None
+    else:
+        sizes = torch.tensor(pools.sizes).to(device, non_blocking=True)
+        mask = torch.arange(width, device=device) < sizes[:, None]
+        number, most = torch.tensor(pool_budgets).to(device, non_blocking=True), max(pool_budgets)
+    selection = select_visual_tokens(
+        pools.features,
+        pools.saliency,
+        pools.relevance,
+        number,
+        mask=mask,
+        alpha=fsr.alpha,
+        beta=fsr.beta,
+        rho=fsr.rho,
+        kappa=fsr.kappa,
+        focus_mass=fsr.focus_mass,
+        max_num_visual_tokens=most,
+    )
+    numbers = pools.numbers if pools.numbers is not None else torch.arange(width, device=device).expand(num_pools, -1)
+    kept_numbers = numbers.gather(1, selection.indices.clamp(min=0))
+    kept = [sum(pool_budgets[pool] for pool in members[item]) for item in range(len(items))]
+    if is_uniform and pools.numbers is None:
+        indices, features = kept_numbers.flatten(), selection.features.flatten(0, 1)
+    else:
+        indices, features, kept = _join_pools(pools, selection, kept_numbers, pool_budgets, is_pruned)
+    selections = None
+    if return_selections:
+        selections = [
+            _item_selection(pools, selection, kept_numbers, numbers, pool_budgets, members[item], item, items[item])
+            for item in range(len(items))
+        ]
+    return indices, features, kept, selections
+
+
+def _join_pools(pools, selection, kept_numbers, pool_budgets, is_pruned):
+    """The kept tokens of every item in the order of its run; an item within its budget keeps its whole run."""
+    device, width = kept_numbers.device, kept_numbers.shape[1]
+    places, owners = [], []
+    for pool, budget in enumerate(pool_budgets):
+        if is_pruned[pools.items[pool]]:
+            places.append(torch.arange(pool * width, pool * width + budget))
+            owners.append(torch.full((budget,), pools.items[pool]))
+    places, owners = (torch.cat(parts).to(device, non_blocking=True) for parts in (places, owners))
+    indices, features = [kept_numbers.flatten()[places]], [selection.features.flatten(0, 1)[places]]
+    owners = [owners]
+    kept = [0] * len(is_pruned)
+    for pool, budget in enumerate(pool_budgets):
+        kept[pools.items[pool]] += budget
+    for item, run in enumerate(pools.runs):
+        if not is_pruned[item]:
+            kept[item] = len(run)
+            indices.append(torch.arange(len(run), device=device))
+            features.append(run.to(pools.features))
+            owners.append(torch.full((len(run),), item, device=device))
+    indices, features, owners = (torch.cat(parts) for parts in (indices, features, owners))
+    order = (owners * max(len(run) for run in pools.runs) + indices).argsort()
+    return indices[order], features[order], kept
+
+
+def _item_selection(pools, selection, kept_numbers, numbers, pool_budgets, members, number, item) -> VisualSelection:
+    """The [`VisualSelection`] of one image or video, in positions of its run."""
+    device = kept_numbers.device
+    indices = torch.cat([kept_numbers[pool, : pool_budgets[pool]] for pool in members])
+    order = indices.argsort()
+    priority = torch.zeros(item.length, device=device)
+    merged_into = torch.full((item.length,), -1, device=device)
+    for pool in members:
+        own = numbers[pool, : pools.sizes[pool]]
+        anchor = selection.merged_into[pool, : pools.sizes[pool]]
+        priority[own] = selection.priority[pool, : pools.sizes[pool]]
+        merged_into[own] = numbers[pool, anchor.clamp(min=0)].where(anchor >= 0, -1)
+    return VisualSelection(
+        indices=indices[order],
+        is_focus=torch.cat([selection.is_focus[pool, : pool_budgets[pool]] for pool in members])[order],
+        features=torch.cat([selection.features[pool, : pool_budgets[pool]] for pool in members])[order],
+        priority=priority,
+        merged_into=merged_into,
+        grid=pools.grid[number],
+        modality=item.modality,
+        row=item.row,
+    )
+
+
+class _CallerView:
+    """
+    The caller's prompt in place of the compressed one, for everything that looks at ids.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, length)`):
+            The caller's prompt.
+        compressed_length (`int`):
+            How many leading ids it stands for.
+    """
+
+    def __init__(self, input_ids: torch.LongTensor, compressed_length: int):
+        self.input_ids = input_ids
+        self.compressed_length = compressed_length
+
+    def restore(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """`(batch * n, compressed_length + new)` to `(batch * n, length + new)`; n beams or sequences stand together."""
+        prompt = self.input_ids.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.input_ids), dim=0)
+        return torch.cat([prompt, input_ids[:, self.compressed_length :]], dim=1)
+
+    def wrap(self, arguments: dict[str, Any], options: GenerationConfig) -> dict[str, Any]:
+        """The caller's callbacks, each behind this view."""
+        arguments = dict(arguments)
+        if arguments["logits_processor"] is not None:
+            processors = [_CallerLogitsProcessor(self, processor) for processor in arguments["logits_processor"]]
+            arguments["logits_processor"] = LogitsProcessorList(processors)
+        if arguments["stopping_criteria"] is not None:
+            criteria = [self._wrap_criterion(criterion) for criterion in arguments["stopping_criteria"]]
+            arguments["stopping_criteria"] = StoppingCriteriaList(criteria)
+        if (allowed_tokens := arguments["prefix_allowed_tokens_fn"]) is not None:
+            # Beams of a row share its number; returned sequences without beams are numbered one by one.
+            copies = options.num_return_sequences if options.num_beams in (None, 1) else 1
+            arguments["prefix_allowed_tokens_fn"] = lambda row, ids: allowed_tokens(
+                row, self._restore_row(ids, row // (copies or 1))
+            )
+        if arguments["streamer"] is not None:
+            arguments["streamer"] = _CallerStreamer(self, arguments["streamer"])
+        return arguments
+
+    def _restore_row(self, input_ids: torch.LongTensor, row: int) -> torch.LongTensor:
+        return torch.cat([self.input_ids[row].to(input_ids.device), input_ids[self.compressed_length :]])
+
+    def _wrap_criterion(self, criterion: StoppingCriteria) -> StoppingCriteria:
+        if type(criterion) is MaxLengthCriteria:  # `generate` looks for this class
+            removed = self.input_ids.shape[1] - self.compressed_length
+            return MaxLengthCriteria(criterion.max_length - removed, criterion.max_position_embeddings)
+        return _CallerStoppingCriteria(self, criterion)
+
+
+class _CallerLogitsProcessor(LogitsProcessor):
+    def __init__(self, view: _CallerView, processor: LogitsProcessor):
+        self.view = view
+        self.processor = processor
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        return self.processor(self.view.restore(input_ids), scores)
+
+
+class _CallerStoppingCriteria(StoppingCriteria):
+    def __init__(self, view: _CallerView, criterion: StoppingCriteria):
+        self.view = view
+        self.criterion = criterion
+        if hasattr(criterion, "eos_token_id"):  # `generate` pads finished rows if a criterion has it
+            self.eos_token_id = criterion.eos_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
+        return self.criterion(self.view.restore(input_ids), scores, **kwargs)
+
+
+class _CallerStreamer(BaseStreamer):
+    def __init__(self, view: _CallerView, streamer: BaseStreamer):
+        self.view = view
+        self.streamer = streamer
+        self.is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        self.streamer.put(self.view.restore(value) if self.is_prompt else value)
+        self.is_prompt = False
+
+    def end(self) -> None:
+        self.streamer.end()
