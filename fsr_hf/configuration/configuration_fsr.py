@@ -42,8 +42,8 @@ _RULES = {
 }
 _BUDGETS = ("num_visual_tokens", "retention_ratio")
 _BOTH_BUDGETS = (
-    "`num_visual_tokens={}` and `retention_ratio={}` are both set, but a budget is either a number of tokens or a share "
-    "of them: set one and leave the other None."
+    "`num_visual_tokens={}` and `retention_ratio={}` are both set, but a budget is either a number of tokens or a "
+    "share of them: set one and leave the other None."
 )
 
 
@@ -60,18 +60,19 @@ def check_fsr_value(name: str, value: Any) -> None:
 
 class FSRConfig(PreTrainedConfig):
     r"""
-    The hyper-parameters of Focus-Scan-Refine visual-token pruning ([arXiv 2602.05809](https://arxiv.org/abs/2602.05809)).
-    A model's config holds one as `config.fsr_config`. Every field is checked when it is set.
+    The hyper-parameters of Focus-Scan-Refine visual-token pruning ([arXiv
+    2602.05809](https://arxiv.org/abs/2602.05809)). A model's config holds one as `config.fsr_config`. Every field is
+    checked when it is set.
 
     Args:
         enabled (`bool`, *optional*, defaults to `True`):
             Whether to prune. With `False` the model is bit for bit the stock model.
         num_visual_tokens (`int`, *optional*):
-            Budget: how many visual tokens of each image (or video) the language model sees. An image with no more tokens
-            than that is not pruned. Setting it clears `retention_ratio`.
+            Budget: how many visual tokens of each image (or video) the language model sees. An image with no more
+            tokens than that is not pruned. Setting it clears `retention_ratio`.
         retention_ratio (`float`, *optional*):
-            Budget as a share of the tokens of each image (or video), in (0, 1]: `max(1, round(ratio * tokens))`. Setting
-            it clears `num_visual_tokens`. With both budgets `None` the family's default holds.
+            Budget as a share of the tokens of each image (or video), in (0, 1]: `max(1, round(ratio * tokens))`.
+            Setting it clears `num_visual_tokens`. With both budgets `None` the family's default holds.
         alpha (`float`, *optional*, defaults to 3.0):
             Exponent of relevance in the priority of a token (Eq. 3).
         beta (`float`, *optional*, defaults to 1.0):
@@ -87,13 +88,13 @@ class FSRConfig(PreTrainedConfig):
             Where Eq. 2 comes from: `"clip"` (patches against the question in CLIP's joint space) or `"none"` (saliency
             alone). `None` means `"clip"` if there is a `text_encoder_config`.
         invert_relevance (`bool`, *optional*, defaults to `True`):
-            Whether relevance is the negated cosine. CLIP's patches score *lower* on the thing that the text names than on
-            the background; `False` is the paper's literal formula.
+            Whether relevance is the negated cosine. CLIP's patches score *lower* on the thing that the text names than
+            on the background; `False` is the paper's literal formula.
         text_encoder_config (`CLIPTextConfig` or `dict`, *optional*):
             The CLIP text tower whose weights are in the checkpoint; `None` if there is none.
         pool (`str`, *optional*):
-            Which tokens compete with each other: those of a `"view"` (a tile, a frame) or of a whole `"item"` (an image, a
-            video). `None` is the family's default.
+            Which tokens compete with each other: those of a `"view"` (a tile, a frame) or of a whole `"item"` (an
+            image, a video). `None` is the family's default.
         newline (`str`, *optional*):
             What becomes of newline tokens: `"drop"`, or `"keep"` one after each row that still holds a token, on top
             of the budget. `None` is the family's default.
@@ -193,8 +194,8 @@ class FSRConfig(PreTrainedConfig):
 
 class FSRConfigMixin:
     """
-    Gives a stock config the field `fsr_config`. A dict that is assigned changes the named fields and leaves the others;
-    the text tower, which belongs to the weights, stays in any case.
+    Gives a stock config the field `fsr_config`. A dict that is assigned changes the named fields and leaves the
+    others; the text tower, which belongs to the weights, stays in any case.
     """
 
     # The family's defaults for the fields of FSRConfig that are None.

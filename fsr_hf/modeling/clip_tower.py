@@ -11,7 +11,9 @@ __all__ = ["CLIPTowerMixin"]
 
 
 class CLIPTowerMixin:
-    """Saliency from the [CLS] row of the selected block, relevance from `text_encoder`, where the config describes one."""
+    """
+    Saliency from the [CLS] row of the selected block, relevance from `text_encoder`, where the config describes one.
+    """
 
     def __init__(self, config):
         check_clip_tower(config, config.vision_feature_layer, config.vision_feature_select_strategy)
@@ -22,8 +24,8 @@ class CLIPTowerMixin:
             self.text_encoder = CLIPRelevance(text_config, config.vision_config.hidden_size)
         elif config.fsr_config.relevance == "clip":
             raise ValueError(
-                '`fsr_config.relevance="clip"` needs a CLIP text encoder, but `fsr_config.text_encoder_config` is None. '
-                'Export the checkpoint with `text_encoder=`, or set `relevance` to "none".'
+                '`fsr_config.relevance="clip"` needs a CLIP text encoder, but `fsr_config.text_encoder_config` is '
+                'None. Export the checkpoint with `text_encoder=`, or set `relevance` to "none".'
             )
         self.post_init()
 
@@ -84,16 +86,16 @@ def check_clip_tower(config: PreTrainedConfig, layer, strategy) -> None:
     tower = config.vision_config.model_type
     if tower != "clip_vision_model":
         raise ValueError(
-            f'`vision_config.model_type="{tower}"` is not supported: FSR reads saliency from the [CLS] token of a CLIP tower '
-            '("clip_vision_model") in this family.'
+            f'`vision_config.model_type="{tower}"` is not supported: FSR reads saliency from the [CLS] token of a '
+            'CLIP tower ("clip_vision_model") in this family.'
         )
     if not isinstance(layer, int) or layer in (0, -1 - config.vision_config.num_hidden_layers):
         raise ValueError(
-            f"`vision_feature_layer={layer!r}` is not supported: FSR needs one int that names the output of a block (0 is "
-            "that of none), since saliency is the attention of that block."
+            f"`vision_feature_layer={layer!r}` is not supported: FSR needs one int that names the output of a block "
+            "(0 is that of none), since saliency is the attention of that block."
         )
     if strategy != "default":
         raise ValueError(
-            f'`vision_feature_select_strategy="{strategy}"` is not supported: with it [CLS] is one of the tokens, and FSR '
-            'ranks patches by the attention of [CLS]. Use "default".'
+            f'`vision_feature_select_strategy="{strategy}"` is not supported: with it [CLS] is one of the tokens, and '
+            'FSR ranks patches by the attention of [CLS]. Use "default".'
         )

@@ -85,7 +85,9 @@ class FSRGenerationMixin:
         return [self.config.image_token_id]
 
     def find_items(self, input_ids: torch.LongTensor, **visual: Any) -> list[VisualItem]:
-        """The images and videos of a prompt (on the CPU), from shapes and grids alone; raises `ValueError` on a mismatch."""
+        """
+        The images and videos of a prompt (on the CPU), from shapes and grids alone; raises `ValueError` on a mismatch.
+        """
         raise NotImplementedError
 
     def num_candidates(self, items: list[VisualItem], **visual: Any) -> list[int]:
@@ -93,7 +95,9 @@ class FSRGenerationMixin:
         return [item.length for item in items]
 
     def encode_visuals(self, items: list[VisualItem], query: torch.Tensor | None, **visual: Any) -> VisualPools:
-        """Run the towers. `query`: `(batch, projection_dim)` from [`CLIPRelevance`], one row for each row of the prompt."""
+        """
+        Run the towers. `query`: `(batch, projection_dim)` from [`CLIPRelevance`], one row for each row of the prompt.
+        """
         raise NotImplementedError
 
     def full_position_ids(
@@ -184,8 +188,8 @@ class FSRGenerationMixin:
         length = self.text_encoder.chunk_length
         if input_ids.ndim != 2 or len(input_ids) != batch_size or input_ids.shape[1] % length or not input_ids.numel():
             raise ValueError(
-                f"`query_input_ids` must have the shape (batch, chunks * {length}), here ({batch_size}, n * {length}), "
-                f"but its shape is {tuple(input_ids.shape)}. The model's processor makes it."
+                f"`query_input_ids` must have the shape (batch, chunks * {length}), here ({batch_size}, n * "
+                f"{length}), but its shape is {tuple(input_ids.shape)}. The model's processor makes it."
             )
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
@@ -214,13 +218,14 @@ class FSRGenerationMixin:
         for name in refused:
             if kwargs.get(name) is not None:
                 raise ValueError(
-                    f"`{name}` together with pixels is not supported: it refers to the whole prompt, and FSR compresses "
-                    "it. Leave it out, or pass `fsr_enabled=False` to run unpruned."
+                    f"`{name}` together with pixels is not supported: it refers to the whole prompt, and FSR "
+                    "compresses it. Leave it out, or pass `fsr_enabled=False` to run unpruned."
                 )
         if _cached_length(kwargs.get("past_key_values")):
             raise ValueError(
-                "`past_key_values` already holds tokens: going on from a cache with images in the prompt is not supported "
-                "with FSR. Pass the whole conversation without `past_key_values`, or `fsr_enabled=False` to run unpruned."
+                "`past_key_values` already holds tokens: going on from a cache with images in the prompt is not "
+                "supported with FSR. Pass the whole conversation without `past_key_values`, or `fsr_enabled=False` to "
+                "run unpruned."
             )
 
     # ------------------------------------------------------------------ generate
@@ -245,10 +250,10 @@ class FSRGenerationMixin:
         **kwargs,
     ):
         r"""
-        As [`~transformers.GenerationMixin.generate`], on a prompt whose visual tokens have been pruned. What goes in and
-        what comes out refers to the whole prompt: `sequences` begins with `input_ids`, `max_length` counts them, and
-        streamers, logits processors and stopping criteria see them. Only the cache, `attentions` and `hidden_states`
-        have the compressed length.
+        As [`~transformers.GenerationMixin.generate`], on a prompt whose visual tokens have been pruned. What goes in
+        and what comes out refers to the whole prompt: `sequences` begins with `input_ids`, `max_length` counts them,
+        and streamers, logits processors and stopping criteria see them. Only the cache, `attentions` and
+        `hidden_states` have the compressed length.
 
         Args:
             query_input_ids (`torch.LongTensor` of shape `(batch, chunks * 77)`, *optional*):
@@ -266,8 +271,8 @@ class FSRGenerationMixin:
                 `return_dict_in_generate=True`.
 
         Raises:
-            `ValueError`: before any work, if placeholders and pixels do not match, or for an option that cannot be right
-            with a compressed prompt (the message says why).
+            `ValueError`: before any work, if placeholders and pixels do not match, or for an option that cannot be
+            right with a compressed prompt (the message says why).
         """
         arguments = {
             "logits_processor": logits_processor,
@@ -290,8 +295,8 @@ class FSRGenerationMixin:
         model_kwargs = options.update(**kwargs)
         if output_visual_selection and not (options.return_dict_in_generate and fsr.enabled):
             raise ValueError(
-                "`output_visual_selection=True` needs `return_dict_in_generate=True`, which has a place for the selections, "
-                "and pruning that is enabled."
+                "`output_visual_selection=True` needs `return_dict_in_generate=True`, which has a place for the "
+                "selections, and pruning that is enabled."
             )
         if not fsr.enabled:
             _refuse_pruned_cache(kwargs.get("past_key_values"))
@@ -312,8 +317,9 @@ class FSRGenerationMixin:
         length = input_ids.shape[1]
         if options.max_new_tokens is None and options.max_length is not None and length >= options.max_length:
             raise ValueError(
-                f"Input length of input_ids is {length}, but `max_length` is set to {options.max_length}. This can lead to "
-                "unexpected behavior. You should consider increasing `max_length` or, better yet, setting `max_new_tokens`."
+                f"Input length of input_ids is {length}, but `max_length` is set to {options.max_length}. This can "
+                "lead to unexpected behavior. You should consider increasing `max_length` or, better yet, setting "
+                "`max_new_tokens`."
             )
         device = input_ids.device if self.device.type == "meta" else self.device
         mask = _infer_attention_mask(input_ids, options) if attention_mask is None else attention_mask
@@ -411,8 +417,8 @@ class FSRGenerationMixin:
         adapter = getattr(getattr(self.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
         if getattr(adapter, "is_prompt_learning", False):
             raise ValueError(
-                f"PEFT {adapter.peft_type} is not supported with FSR: it adds virtual tokens to the prompt after it was "
-                "compressed. Use an adapter on the weights, such as LoRA."
+                f"PEFT {adapter.peft_type} is not supported with FSR: it adds virtual tokens to the prompt after it "
+                "was compressed. Use an adapter on the weights, such as LoRA."
             )
         known = {
             *inspect.signature(self.forward).parameters,
@@ -423,8 +429,8 @@ class FSRGenerationMixin:
         unknown = [name for name, value in model_kwargs.items() if value is not None and name not in known]
         if unknown:
             raise ValueError(
-                f"The following `model_kwargs` are not used by the model: {unknown} (note: typos in the generate arguments "
-                "will also show up in this list)"
+                f"The following `model_kwargs` are not used by the model: {unknown} (note: typos in the generate "
+                "arguments will also show up in this list)"
             )
 
     def _check_text_prompt(self, input_ids: torch.LongTensor | None, kwargs: dict[str, Any]) -> None:
@@ -435,9 +441,9 @@ class FSRGenerationMixin:
         is_placeholder = torch.isin(input_ids, torch.tensor(self.placeholder_ids(), device=input_ids.device))
         if is_placeholder.any():
             raise ValueError(
-                f"The prompt has {int(is_placeholder.sum())} placeholders (ids {self.placeholder_ids()}) but there are no "
-                f"pixels ({', '.join(f'`{name}`' for name in self.pixel_inputs)}) to fill them. Pass what the processor "
-                "returns, whole."
+                f"The prompt has {int(is_placeholder.sum())} placeholders (ids {self.placeholder_ids()}) but there "
+                f"are no pixels ({', '.join(f'`{name}`' for name in self.pixel_inputs)}) to fill them. Pass what the "
+                "processor returns, whole."
             )
 
     def prepare_inputs_for_generation(
@@ -450,8 +456,8 @@ class FSRGenerationMixin:
         is_first_iteration: bool | None = False,
         **kwargs,
     ):
-        # The stock method takes either embeddings or ids. While assisted decoding verifies its first candidates, and while
-        # an assistant reads the prompt, the prompt's embeddings are followed by ids.
+        # The stock method takes either embeddings or ids. While assisted decoding verifies its first candidates, and
+        # while an assistant reads the prompt, the prompt's embeddings are followed by ids.
         if inputs_embeds is not None and next_sequence_length != 1:
             cached = _cached_length(past_key_values)
             prompt_length = inputs_embeds.shape[1]
@@ -553,9 +559,10 @@ class FSRGenerationMixin:
         lost = [key for key in lost if key.startswith("text_encoder.")]
         if lost:
             raise ValueError(
-                f"The checkpoint lacks {len(lost)} weights of the CLIP text encoder that `fsr_config.text_encoder_config` "
-                f"describes, or has them in another shape ({lost[0]}, ...): relevance would be random. Export it with "
-                '`text_encoder=`, or load with `fsr_config={"text_encoder_config": None}`.'
+                f"The checkpoint lacks {len(lost)} weights of the CLIP text encoder that "
+                f"`fsr_config.text_encoder_config` describes, or has them in another shape ({lost[0]}, ...): "
+                "relevance would be random. Export it with `text_encoder=`, or load with "
+                '`fsr_config={"text_encoder_config": None}`.'
             )
         return (model, info) if output_loading_info else model
 
@@ -582,8 +589,9 @@ def _mark_pruned(cache) -> None:
 def _refuse_pruned_cache(cache) -> None:
     if getattr(cache, "is_fsr_pruned", False) and _cached_length(cache):
         raise ValueError(
-            "`past_key_values` comes from a prompt that FSR compressed, so its entries are not those of `input_ids`: going on "
-            "from it is not supported. Pass the whole conversation, pixels included, without `past_key_values`."
+            "`past_key_values` comes from a prompt that FSR compressed, so its entries are not those of `input_ids`: "
+            "going on from it is not supported. Pass the whole conversation, pixels included, without "
+            "`past_key_values`."
         )
 
 
@@ -596,8 +604,8 @@ def _check_mask_of_pruned_cache(attention_mask, input_ids, kwargs) -> None:
     expected = _cached_length(cache) + new.shape[1]
     if attention_mask.shape[1] != expected:
         raise ValueError(
-            f"`attention_mask` has {attention_mask.shape[1]} columns, but the cache of the compressed prompt and the new "
-            f"tokens have {expected}. Its columns are those of the cache, not of the caller's prompt."
+            f"`attention_mask` has {attention_mask.shape[1]} columns, but the cache of the compressed prompt and the "
+            f"new tokens have {expected}. Its columns are those of the cache, not of the caller's prompt."
         )
 
 
@@ -744,7 +752,9 @@ class _CallerView:
         self.compressed_length = compressed_length
 
     def restore(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """`(batch * n, compressed_length + new)` to `(batch * n, length + new)`; n beams or sequences stand together."""
+        """
+        `(batch * n, compressed_length + new)` to `(batch * n, length + new)`; n beams or sequences stand together.
+        """
         prompt = self.input_ids.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.input_ids), dim=0)
         return torch.cat([prompt, input_ids[:, self.compressed_length :]], dim=1)
 

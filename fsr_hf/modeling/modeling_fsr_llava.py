@@ -21,13 +21,13 @@ class FSRLlavaForConditionalGeneration(
     RemoteCodeMixin, CLIPTowerMixin, FSRGenerationMixin, LlavaForConditionalGeneration
 ):
     """
-    [`LlavaForConditionalGeneration`] that keeps the `fsr_config.num_visual_tokens` visual tokens of each image that matter
-    for the question (Focus-Scan-Refine, [arXiv 2602.05809](https://arxiv.org/abs/2602.05809)).
+    [`LlavaForConditionalGeneration`] that keeps the `fsr_config.num_visual_tokens` visual tokens of each image that
+    matter for the question (Focus-Scan-Refine, [arXiv 2602.05809](https://arxiv.org/abs/2602.05809)).
 
     Args:
         config (`FSRLlavaConfig`):
-            With `fsr_config.text_encoder_config`, the model has the CLIP text tower as `text_encoder` and ranks tokens by
-            saliency and relevance; without, by saliency alone.
+            With `fsr_config.text_encoder_config`, the model has the CLIP text tower as `text_encoder` and ranks tokens
+            by saliency and relevance; without, by saliency alone.
     """
 
     config_class = FSRLlavaConfig
@@ -94,10 +94,11 @@ class FSRLlavaForConditionalGeneration(
         **kwargs,
     ):
         r"""
-        As [`LlavaForConditionalGeneration.forward`]. With `pixel_values` the prompt is compressed first: the loss is that of
-        the compressed sequence, where labels on image placeholders never count; `logits` stand at the caller's positions,
-        zeros at dropped ones, and `logits_to_keep` means those; `hidden_states`, `attentions` and `past_key_values` have
-        the compressed length. `position_ids`, packed sequences and `inputs_embeds` cannot stand beside `pixel_values`.
+        As [`LlavaForConditionalGeneration.forward`]. With `pixel_values` the prompt is compressed first: the loss is
+        that of the compressed sequence, where labels on image placeholders never count; `logits` stand at the caller's
+        positions, zeros at dropped ones, and `logits_to_keep` means those; `hidden_states`, `attentions` and
+        `past_key_values` have the compressed length. `position_ids`, packed sequences and `inputs_embeds` cannot stand
+        beside `pixel_values`.
 
         Args:
             query_input_ids (`torch.LongTensor` of shape `(batch, chunks * 77)`, *optional*):

@@ -1,4 +1,6 @@
-"""A prompt without the dropped placeholders: ids, mask, positions, labels, and the way back to the caller's positions."""
+"""
+A prompt without the dropped placeholders: ids, mask, positions, labels, and the way back to the caller's positions.
+"""
 
 from dataclasses import dataclass
 
@@ -54,9 +56,9 @@ def find_visual_items(
     if found != sum(lengths):
         per_row = (input_ids == token_id).sum(-1).tolist()
         raise ValueError(
-            f"{modality.capitalize()} features and {modality} tokens do not match: the prompt has {found} placeholders "
-            f"(id {token_id}; by row: {per_row}), but the {len(lengths)} {modality}s need {sum(lengths)} (each: "
-            f"{lengths}). Build both with the model's processor, and do not truncate the prompt."
+            f"{modality.capitalize()} features and {modality} tokens do not match: the prompt has {found} "
+            f"placeholders (id {token_id}; by row: {per_row}), but the {len(lengths)} {modality}s need {sum(lengths)} "
+            f"(each: {lengths}). Build both with the model's processor, and do not truncate the prompt."
         )
     items, first = [], 0
     for number, length in enumerate(lengths):
@@ -125,8 +127,8 @@ class CompressedPrompt:
         inputs_embeds (`torch.FloatTensor` of shape `(batch, compressed_length, hidden_size)`):
             Their embeddings, with the kept visual tokens in their slots.
         attention_mask (`torch.LongTensor` of shape `(batch, compressed_length)`):
-            The caller's mask at `columns`, 0 at slack. Never `None`: positions with gaps and no mask are read as packed
-            sequences.
+            The caller's mask at `columns`, 0 at slack. Never `None`: positions with gaps and no mask are read as
+            packed sequences.
         position_ids (`torch.LongTensor` of shape `(..., batch, compressed_length)`):
             Positions.
         columns (`torch.LongTensor` of shape `(batch, compressed_length)`):
@@ -146,14 +148,16 @@ class CompressedPrompt:
     features: torch.Tensor
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` `(..., batch, length)` of the caller's columns at those of the compressed prompt (slack: column 0)."""
+        """
+        `values` `(..., batch, length)` of the caller's columns at those of the compressed prompt (slack: column 0).
+        """
         columns = self.columns.clamp(min=0)
         return values.gather(-1, columns.expand(*values.shape[:-1], -1))
 
     def compress_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         """
-        The labels `(batch, compressed_length)`: -100 at visual slots and slack, and at the caller's first column, which no
-        position predicts and which slack must not.
+        The labels `(batch, compressed_length)`: -100 at visual slots and slack, and at the caller's first column,
+        which no position predicts and which slack must not.
         """
         return self.gather(labels).masked_fill((self.columns <= 0) | self.is_visual, -100)
 

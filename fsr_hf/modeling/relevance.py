@@ -47,8 +47,8 @@ class CLIPRelevance(nn.Module):
                 A chunk whose mask is 0 throughout is skipped, wherever it stands.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch, projection_dim)`, float32: the mean over chunks of unit vectors, so that
-            its product with a unit vector is the mean cosine; zeros for a row without a chunk.
+            `torch.FloatTensor` of shape `(batch, projection_dim)`, float32: the mean over chunks of unit vectors, so
+            that its product with a unit vector is the mean cosine; zeros for a row without a chunk.
         """
         chunks = input_ids.unflatten(1, (-1, self.chunk_length))  # [B, chunks, 77]
         is_real = attention_mask.unflatten(1, (-1, self.chunk_length)).any(-1, keepdim=True)  # [B, chunks, 1]

@@ -12,8 +12,8 @@ def cls_attention(block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor
     """
     How much [CLS] looks at each patch in one block of a CLIP vision tower, averaged over heads (Eq. 1).
 
-    The tower's own attention maps need the eager implementation, and cost N x N; this one row needs the block's input and
-    its modules, so it is the same under every attention implementation and with adapted or quantised projections.
+    The tower's own attention maps need the eager implementation, and cost N x N; this one row needs the block's input
+    and its modules, so it is the same under every attention implementation and with adapted or quantised projections.
 
     Args:
         block (`nn.Module`):
@@ -22,8 +22,8 @@ def cls_attention(block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor
             The input of the block, [CLS] first.
 
     Returns:
-        `torch.FloatTensor` of shape `(batch, num_patches)`, float32: the row of [CLS] after softmax, its own column left
-        out and nothing renormalised.
+        `torch.FloatTensor` of shape `(batch, num_patches)`, float32: the row of [CLS] after softmax, its own column
+        left out and nothing renormalised.
     """
     attention = block.self_attn
     hidden_states = block.layer_norm1(hidden_states)
