@@ -118,7 +118,7 @@ def select_visual_tokens(
         mask = torch.ones_like(saliency, dtype=torch.bool)
     if isinstance(num_visual_tokens, torch.Tensor):
         width = num_tokens if max_num_visual_tokens is None else min(max_num_visual_tokens, num_tokens)
-        budgets = num_visual_tokens.to(device, non_blocking=True).clamp(min=0, max=width)
+        budgets = num_visual_tokens.to(device, non_blocking=True).clamp(max=width)
     else:
         width = min(num_visual_tokens, num_tokens)
         budgets = torch.full((batch,), width, device=device)
@@ -260,32 +260,31 @@ def _refine(features, cosines, priority, mask, kept, is_focus, kappa):
     if num_candidates == 0:
         return refined, merged_into
 
-    with torch.no_grad():
-        is_anchor = is_kept & ~is_focus
-        absorbs = is_anchor & cosines.finite.gather(1, kept)
-        similarity = cosines.rows(kept).masked_fill(~absorbs[..., None], -torch.inf)  # (batch, width, num_tokens)
-        slot = similarity.argmax(1)  # the first of equal ones, on every device
-        similarity = similarity.amax(1)
+    is_anchor = is_kept & ~is_focus
+    absorbs = is_anchor & cosines.finite.gather(1, kept)
+    similarity = cosines.rows(kept).masked_fill(~absorbs[..., None], -torch.inf)  # (batch, width, num_tokens)
+    slot = similarity.argmax(1)  # the first of equal ones, on every device
+    similarity = similarity.amax(1)
 
-        can_merge = is_dropped & cosines.finite & similarity.isfinite()
-        order = similarity.masked_fill(~can_merge, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-        candidates = order[:, :num_candidates]
-        slot = slot.gather(1, candidates)
-        # float32 would be off by more than the slack.
-        dtype = torch.float32 if mask.device.type == "mps" else torch.float64
-        num_merged = (kappa * is_anchor.sum(-1, keepdim=True).to(dtype) + 1e-6).floor()
-        is_merged = torch.arange(num_candidates, device=mask.device) < num_merged
-        is_merged = is_merged & can_merge.gather(1, candidates)
-        merged_into = merged_into.scatter(1, candidates, kept.gather(1, slot).masked_fill(~is_merged, -1))
+    can_merge = is_dropped & cosines.finite & similarity.isfinite()
+    order = similarity.masked_fill(~can_merge, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    candidates = order[:, :num_candidates]
+    slot = slot.gather(1, candidates)
+    # float32 would be off by more than the slack.
+    dtype = torch.float32 if mask.device.type == "mps" else torch.float64
+    num_merged = (kappa * is_anchor.sum(-1, keepdim=True).to(dtype) + 1e-6).floor()
+    is_merged = torch.arange(num_candidates, device=mask.device) < num_merged
+    is_merged = is_merged & can_merge.gather(1, candidates)
+    merged_into = merged_into.scatter(1, candidates, kept.gather(1, slot).masked_fill(~is_merged, -1))
 
-        # (batch, width, num_candidates): what each kept token absorbs, and its weight
-        absorbed = (slot[:, None] == torch.arange(width, device=mask.device)[:, None]) & is_merged[:, None]
-        weights = absorbed * priority.gather(1, candidates)[:, None]
-        own_weight = priority.gather(1, kept)[..., None]
-        total = own_weight + weights.sum(-1, keepdim=True)
-        changed = absorbed.any(-1, keepdim=True) & (total > 0)
-        total = total.masked_fill(total == 0, 1.0)
-        own_weight, weights = own_weight / total, weights / total
+    # (batch, width, num_candidates): what each kept token absorbs, and its weight
+    absorbed = (slot[:, None] == torch.arange(width, device=mask.device)[:, None]) & is_merged[:, None]
+    weights = absorbed * priority.gather(1, candidates)[:, None]
+    own_weight = priority.gather(1, kept)[..., None]
+    total = own_weight + weights.sum(-1, keepdim=True)
+    changed = absorbed.any(-1, keepdim=True) & (total > 0)
+    total = total.masked_fill(total == 0, 1.0)
+    own_weight, weights = own_weight / total, weights / total
 
     merged = _take(features, candidates).float().masked_fill(~is_merged[..., None], 0.0)
     mean = own_weight * refined.float() + weights @ merged

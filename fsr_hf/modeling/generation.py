@@ -3,62 +3,22 @@
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import TransformersKwargs, logging
 
-from .fsr import VisualSelection, select_visual_tokens
+from .caller import CallerView
+from .fsr import VisualSelection
+from .pools import VisualPools, select_from_pools
 from .prompt import CompressedPrompt, VisualItem, plan_columns, restore_logits
 
 
-__all__ = ["FSRGenerationMixin", "VisualPools"]
+__all__ = ["FSRGenerationMixin"]
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class VisualPools:
-    """
-    The visual tokens of a batch as the method sees them: pools of tokens that compete with each other.
-
-    Args:
-        features (`torch.FloatTensor` of shape `(pools, tokens, hidden_size)`):
-            Tokens as the language model would receive them.
-        saliency (`torch.FloatTensor` of shape `(pools, tokens)`):
-            Eq. 1.
-        relevance (`torch.FloatTensor` of shape `(pools, tokens)`, *optional*):
-            Eq. 2, higher for what is more relevant.
-        items (`list[int]`):
-            The image or video that each pool belongs to. The pools of one item stand together.
-        sizes (`list[int]`):
-            Real tokens of each pool; they come first, the rest of a row is padding.
-        numbers (`torch.LongTensor` of shape `(pools, tokens)`, *optional*):
-            Position of each token in its item's run of placeholders; `None` if pools are whole items in order.
-        runs (`list[torch.Tensor]`):
-            For each item, the rows of the stock `get_image_features().pooler_output`: `(placeholders, hidden_size)`.
-        grid (`list[torch.LongTensor]`):
-            For each item, view or frame, row and column of every placeholder: `(placeholders, 3)`.
-    """
-
-    features: torch.Tensor
-    saliency: torch.Tensor
-    relevance: torch.Tensor | None
-    items: list[int]
-    sizes: list[int]
-    numbers: torch.Tensor | None
-    runs: list[torch.Tensor]
-    grid: list[torch.Tensor]
 
 
 class FSRGenerationMixin:
@@ -137,7 +97,9 @@ class FSRGenerationMixin:
         query = self._check_query(query, fsr, len(input_ids))
         query = None if query is None else self.text_encoder.encode_query(*query)
         pools = self.encode_visuals(items, query, **visual)
-        indices, features, kept, selections = _select(pools, items, budgets, is_pruned, fsr, return_selections)
+        indices, features, kept, selections = select_from_pools(
+            pools, items, budgets, is_pruned, fsr, return_selections
+        )
         if not any(is_pruned):
             return None, selections
 
@@ -346,7 +308,7 @@ class FSRGenerationMixin:
             generation_config = copy.deepcopy(generation_config)
             generation_config.update(**lengths)
 
-        view = _CallerView(input_ids, prompt.input_ids.shape[1])
+        view = CallerView(input_ids, prompt.input_ids.shape[1])
         output = super().generate(
             generation_config=generation_config,
             input_ids=prompt.input_ids,
@@ -616,206 +578,3 @@ def _infer_attention_mask(input_ids: torch.LongTensor, options: GenerationConfig
     if pad is None or pad in eos:
         return torch.ones_like(input_ids)
     return input_ids.ne(pad).long()
-
-
-def _split_budget(budget: int, sizes: list[int]) -> list[int]:
-    """`budget` tokens over pools in proportion to their sizes: largest remainder, ties to the earlier pool."""
-    total = sum(sizes)
-    shares = [budget * size // total for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda pool: -(budget * sizes[pool] % total))
-    for pool in by_remainder[: budget - sum(shares)]:
-        shares[pool] += 1
-    return shares
-
-
-def _select(
-    pools: VisualPools,
-    items: list[VisualItem],
-    budgets: list[int],
-    is_pruned: list[bool],
-    fsr,
-    return_selections: bool,
-):
-    """
-    Select within every pool, and put the pools of an item together again.
-
-    Returns:
-        The kept tokens of all items, one after the other, as positions in their runs `(sum(kept),)` and features
-        `(sum(kept), hidden_size)`; how many each item keeps; and the [`VisualSelection`] of each item, if asked for.
-    """
-    device = pools.features.device
-    num_pools, width, _ = pools.features.shape
-    members = [[pool for pool, owner in enumerate(pools.items) if owner == item] for item in range(len(items))]
-    pool_budgets = [0] * num_pools
-    for item, budget in enumerate(budgets):
-        sizes = [pools.sizes[pool] for pool in members[item]]
-        for pool, share in zip(members[item], _split_budget(budget, sizes)):
-            pool_budgets[pool] = share
-    is_uniform = len(set(pool_budgets)) == 1 and set(pools.sizes) == {width}
-    if is_uniform:
-        mask, number, most = None, pool_budgets[0], None
-    else:
-        sizes = torch.tensor(pools.sizes).to(device, non_blocking=True)
-        mask = torch.arange(width, device=device) < sizes[:, None]
-        number, most = torch.tensor(pool_budgets).to(device, non_blocking=True), max(pool_budgets)
-    selection = select_visual_tokens(
-        pools.features,
-        pools.saliency,
-        pools.relevance,
-        number,
-        mask=mask,
-        alpha=fsr.alpha,
-        beta=fsr.beta,
-        rho=fsr.rho,
-        kappa=fsr.kappa,
-        focus_mass=fsr.focus_mass,
-        max_num_visual_tokens=most,
-    )
-    numbers = pools.numbers if pools.numbers is not None else torch.arange(width, device=device).expand(num_pools, -1)
-    kept_numbers = numbers.gather(1, selection.indices.clamp(min=0))
-    kept = [sum(pool_budgets[pool] for pool in members[item]) for item in range(len(items))]
-    if is_uniform and pools.numbers is None:
-        indices, features = kept_numbers.flatten(), selection.features.flatten(0, 1)
-    else:
-        indices, features, kept = _join_pools(pools, selection, kept_numbers, pool_budgets, is_pruned)
-    selections = None
-    if return_selections:
-        selections = [
-            _item_selection(pools, selection, kept_numbers, numbers, pool_budgets, members[item], item, items[item])
-            for item in range(len(items))
-        ]
-    return indices, features, kept, selections
-
-
-def _join_pools(pools, selection, kept_numbers, pool_budgets, is_pruned):
-    """The kept tokens of every item in the order of its run; an item within its budget keeps its whole run."""
-    device, width = kept_numbers.device, kept_numbers.shape[1]
-    places, owners = [], []
-    for pool, budget in enumerate(pool_budgets):
-        if is_pruned[pools.items[pool]]:
-            places.append(torch.arange(pool * width, pool * width + budget))
-            owners.append(torch.full((budget,), pools.items[pool]))
-    places, owners = (torch.cat(parts).to(device, non_blocking=True) for parts in (places, owners))
-    indices, features = [kept_numbers.flatten()[places]], [selection.features.flatten(0, 1)[places]]
-    owners = [owners]
-    kept = [0] * len(is_pruned)
-    for pool, budget in enumerate(pool_budgets):
-        kept[pools.items[pool]] += budget
-    for item, run in enumerate(pools.runs):
-        if not is_pruned[item]:
-            kept[item] = len(run)
-            indices.append(torch.arange(len(run), device=device))
-            features.append(run.to(pools.features))
-            owners.append(torch.full((len(run),), item, device=device))
-    indices, features, owners = (torch.cat(parts) for parts in (indices, features, owners))
-    order = (owners * max(len(run) for run in pools.runs) + indices).argsort()
-    return indices[order], features[order], kept
-
-
-def _item_selection(pools, selection, kept_numbers, numbers, pool_budgets, members, number, item) -> VisualSelection:
-    """The [`VisualSelection`] of one image or video, in positions of its run."""
-    device = kept_numbers.device
-    indices = torch.cat([kept_numbers[pool, : pool_budgets[pool]] for pool in members])
-    order = indices.argsort()
-    priority = torch.zeros(item.length, device=device)
-    merged_into = torch.full((item.length,), -1, device=device)
-    for pool in members:
-        own = numbers[pool, : pools.sizes[pool]]
-        anchor = selection.merged_into[pool, : pools.sizes[pool]]
-        priority[own] = selection.priority[pool, : pools.sizes[pool]]
-        merged_into[own] = numbers[pool, anchor.clamp(min=0)].where(anchor >= 0, -1)
-    return VisualSelection(
-        indices=indices[order],
-        is_focus=torch.cat([selection.is_focus[pool, : pool_budgets[pool]] for pool in members])[order],
-        features=torch.cat([selection.features[pool, : pool_budgets[pool]] for pool in members])[order],
-        priority=priority,
-        merged_into=merged_into,
-        grid=pools.grid[number],
-        modality=item.modality,
-        row=item.row,
-    )
-
-
-class _CallerView:
-    """
-    The caller's prompt in place of the compressed one, for everything that looks at ids.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch, length)`):
-            The caller's prompt.
-        compressed_length (`int`):
-            How many leading ids it stands for.
-    """
-
-    def __init__(self, input_ids: torch.LongTensor, compressed_length: int):
-        self.input_ids = input_ids
-        self.compressed_length = compressed_length
-
-    def restore(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """
-        `(batch * n, compressed_length + new)` to `(batch * n, length + new)`; n beams or sequences stand together.
-        """
-        prompt = self.input_ids.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.input_ids), dim=0)
-        return torch.cat([prompt, input_ids[:, self.compressed_length :]], dim=1)
-
-    def wrap(self, arguments: dict[str, Any], options: GenerationConfig) -> dict[str, Any]:
-        """The caller's callbacks, each behind this view."""
-        arguments = dict(arguments)
-        if arguments["logits_processor"] is not None:
-            processors = [_CallerLogitsProcessor(self, processor) for processor in arguments["logits_processor"]]
-            arguments["logits_processor"] = LogitsProcessorList(processors)
-        if arguments["stopping_criteria"] is not None:
-            criteria = [self._wrap_criterion(criterion) for criterion in arguments["stopping_criteria"]]
-            arguments["stopping_criteria"] = StoppingCriteriaList(criteria)
-        if (allowed_tokens := arguments["prefix_allowed_tokens_fn"]) is not None:
-            # Beams of a row share its number; returned sequences without beams are numbered one by one.
-            copies = options.num_return_sequences if options.num_beams in (None, 1) else 1
-            arguments["prefix_allowed_tokens_fn"] = lambda row, ids: allowed_tokens(
-                row, self._restore_row(ids, row // (copies or 1))
-            )
-        if arguments["streamer"] is not None:
-            arguments["streamer"] = _CallerStreamer(self, arguments["streamer"])
-        return arguments
-
-    def _restore_row(self, input_ids: torch.LongTensor, row: int) -> torch.LongTensor:
-        return torch.cat([self.input_ids[row].to(input_ids.device), input_ids[self.compressed_length :]])
-
-    def _wrap_criterion(self, criterion: StoppingCriteria) -> StoppingCriteria:
-        if type(criterion) is MaxLengthCriteria:  # `generate` looks for this class
-            removed = self.input_ids.shape[1] - self.compressed_length
-            return MaxLengthCriteria(criterion.max_length - removed, criterion.max_position_embeddings)
-        return _CallerStoppingCriteria(self, criterion)
-
-
-class _CallerLogitsProcessor(LogitsProcessor):
-    def __init__(self, view: _CallerView, processor: LogitsProcessor):
-        self.view = view
-        self.processor = processor
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        return self.processor(self.view.restore(input_ids), scores)
-
-
-class _CallerStoppingCriteria(StoppingCriteria):
-    def __init__(self, view: _CallerView, criterion: StoppingCriteria):
-        self.view = view
-        self.criterion = criterion
-        if hasattr(criterion, "eos_token_id"):  # `generate` pads finished rows if a criterion has it
-            self.eos_token_id = criterion.eos_token_id
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
-        return self.criterion(self.view.restore(input_ids), scores, **kwargs)
-
-
-class _CallerStreamer(BaseStreamer):
-    def __init__(self, view: _CallerView, streamer: BaseStreamer):
-        self.view = view
-        self.streamer = streamer
-        self.is_prompt = True
-
-    def put(self, value: torch.Tensor) -> None:
-        self.streamer.put(self.view.restore(value) if self.is_prompt else value)
-        self.is_prompt = False
-
-    def end(self) -> None:
-        self.streamer.end()

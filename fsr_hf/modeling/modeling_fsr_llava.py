@@ -10,7 +10,8 @@ from transformers.conversion_mapping import (
 from ..configuration.configuration_fsr_llava import FSRLlavaConfig
 from ..configuration.remote_code import RemoteCodeMixin
 from .clip_tower import CLIPTowerMixin
-from .generation import FSRGenerationMixin, VisualPools
+from .generation import FSRGenerationMixin
+from .pools import VisualPools
 from .prompt import VisualItem, find_visual_items
 
 

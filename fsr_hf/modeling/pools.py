@@ -1,0 +1,163 @@
+"""Pools: which tokens of an image or video compete with each other, and what each item keeps in the end."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .fsr import VisualSelection, select_visual_tokens
+from .prompt import VisualItem
+
+
+__all__ = ["VisualPools", "select_from_pools", "split_budget"]
+
+
+@dataclass
+class VisualPools:
+    """
+    The visual tokens of a batch as the method sees them: pools of tokens that compete with each other.
+
+    Args:
+        features (`torch.FloatTensor` of shape `(pools, tokens, hidden_size)`):
+            Tokens as the language model would receive them.
+        saliency (`torch.FloatTensor` of shape `(pools, tokens)`):
+            Eq. 1.
+        relevance (`torch.FloatTensor` of shape `(pools, tokens)`, *optional*):
+            Eq. 2, higher for what is more relevant.
+        items (`list[int]`):
+            The image or video that each pool belongs to. The pools of one item stand together.
+        sizes (`list[int]`):
+            Real tokens of each pool; they come first, the rest of a row is padding.
+        numbers (`torch.LongTensor` of shape `(pools, tokens)`, *optional*):
+            Position of each token in its item's run of placeholders; `None` if pools are whole items in order.
+        runs (`list[torch.Tensor]`):
+            For each item, the rows of the stock `get_image_features().pooler_output`: `(placeholders, hidden_size)`.
+        grid (`list[torch.LongTensor]`):
+            For each item, view or frame, row and column of every placeholder: `(placeholders, 3)`.
+    """
+
+    features: torch.Tensor
+    saliency: torch.Tensor
+    relevance: torch.Tensor | None
+    items: list[int]
+    sizes: list[int]
+    numbers: torch.Tensor | None
+    runs: list[torch.Tensor]
+    grid: list[torch.Tensor]
+
+
+def split_budget(budget: int, sizes: list[int]) -> list[int]:
+    """`budget` tokens over pools in proportion to their sizes: largest remainder, ties to the earlier pool."""
+    total = sum(sizes)
+    shares = [budget * size // total for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda pool: -(budget * sizes[pool] % total))
+    for pool in by_remainder[: budget - sum(shares)]:
+        shares[pool] += 1
+    return shares
+
+
+def select_from_pools(
+    pools: VisualPools,
+    items: list[VisualItem],
+    budgets: list[int],
+    is_pruned: list[bool],
+    fsr,
+    return_selections: bool,
+):
+    """
+    Select within every pool, and put the pools of an item together again.
+
+    Returns:
+        The kept tokens of all items, one after the other, as positions in their runs `(sum(kept),)` and features
+        `(sum(kept), hidden_size)`; how many each item keeps; and the [`VisualSelection`] of each item, if asked for.
+    """
+    device = pools.features.device
+    num_pools, width, _ = pools.features.shape
+    members = [[pool for pool, owner in enumerate(pools.items) if owner == item] for item in range(len(items))]
+    pool_budgets = [0] * num_pools
+    for item, budget in enumerate(budgets):
+        sizes = [pools.sizes[pool] for pool in members[item]]
+        for pool, share in zip(members[item], split_budget(budget, sizes)):
+            pool_budgets[pool] = share
+    is_uniform = len(set(pool_budgets)) == 1 and set(pools.sizes) == {width}
+    if is_uniform:
+        mask, number, most = None, pool_budgets[0], None
+    else:
+        sizes = torch.tensor(pools.sizes).to(device, non_blocking=True)
+        mask = torch.arange(width, device=device) < sizes[:, None]
+        number, most = torch.tensor(pool_budgets).to(device, non_blocking=True), max(pool_budgets)
+    selection = select_visual_tokens(
+        pools.features,
+        pools.saliency,
+        pools.relevance,
+        number,
+        mask=mask,
+        alpha=fsr.alpha,
+        beta=fsr.beta,
+        rho=fsr.rho,
+        kappa=fsr.kappa,
+        focus_mass=fsr.focus_mass,
+        max_num_visual_tokens=most,
+    )
+    numbers = pools.numbers if pools.numbers is not None else torch.arange(width, device=device).expand(num_pools, -1)
+    kept_numbers = numbers.gather(1, selection.indices.clamp(min=0))
+    kept = [sum(pool_budgets[pool] for pool in members[item]) for item in range(len(items))]
+    if is_uniform and pools.numbers is None:
+        indices, features = kept_numbers.flatten(), selection.features.flatten(0, 1)
+    else:
+        indices, features, kept = _join_pools(pools, selection, kept_numbers, pool_budgets, is_pruned)
+    selections = None
+    if return_selections:
+        selections = [
+            _item_selection(pools, selection, kept_numbers, numbers, pool_budgets, members[item], item, items[item])
+            for item in range(len(items))
+        ]
+    return indices, features, kept, selections
+
+
+def _join_pools(pools, selection, kept_numbers, pool_budgets, is_pruned):
+    """The kept tokens of every item in the order of its run; an item within its budget keeps its whole run."""
+    device, width = kept_numbers.device, kept_numbers.shape[1]
+    places, owners = [], []
+    for pool, budget in enumerate(pool_budgets):
+        if is_pruned[pools.items[pool]]:
+            places.append(torch.arange(pool * width, pool * width + budget))
+            owners.append(torch.full((budget,), pools.items[pool]))
+    places, owners = (torch.cat(parts).to(device, non_blocking=True) for parts in (places, owners))
+    indices, features = [kept_numbers.flatten()[places]], [selection.features.flatten(0, 1)[places]]
+    owners = [owners]
+    kept = [0] * len(is_pruned)
+    for pool, budget in enumerate(pool_budgets):
+        kept[pools.items[pool]] += budget
+    for item, run in enumerate(pools.runs):
+        if not is_pruned[item]:
+            kept[item] = len(run)
+            indices.append(torch.arange(len(run), device=device))
+            features.append(run.to(pools.features))
+            owners.append(torch.full((len(run),), item, device=device))
+    indices, features, owners = (torch.cat(parts) for parts in (indices, features, owners))
+    order = (owners * max(len(run) for run in pools.runs) + indices).argsort()
+    return indices[order], features[order], kept
+
+
+def _item_selection(pools, selection, kept_numbers, numbers, pool_budgets, members, number, item) -> VisualSelection:
+    """The [`VisualSelection`] of one image or video, in positions of its run."""
+    device = kept_numbers.device
+    indices = torch.cat([kept_numbers[pool, : pool_budgets[pool]] for pool in members])
+    order = indices.argsort()
+    priority = torch.zeros(item.length, device=device)
+    merged_into = torch.full((item.length,), -1, device=device)
+    for pool in members:
+        own = numbers[pool, : pools.sizes[pool]]
+        anchor = selection.merged_into[pool, : pools.sizes[pool]]
+        priority[own] = selection.priority[pool, : pools.sizes[pool]]
+        merged_into[own] = numbers[pool, anchor.clamp(min=0)].where(anchor >= 0, -1)
+    return VisualSelection(
+        indices=indices[order],
+        is_focus=torch.cat([selection.is_focus[pool, : pool_budgets[pool]] for pool in members])[order],
+        features=torch.cat([selection.features[pool, : pool_budgets[pool]] for pool in members])[order],
+        priority=priority,
+        merged_into=merged_into,
+        grid=pools.grid[number],
+        modality=item.modality,
+        row=item.row,
+    )
