@@ -1,8 +1,10 @@
 """The query: the user's words in chunks of CLIP's context length, as the processors of all families emit them."""
 
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 from transformers import BatchFeature, CLIPTokenizer
@@ -12,7 +14,7 @@ __all__ = ["QueryProcessorMixin", "TurnMarkers", "check_query_tokenizer", "find_
 
 # `apply_chat_template` knows the messages, the `__call__` that it ends in does not. (Its `processor_kwargs` are no way
 # through: transformers 5.17 drops them as soon as a processor argument stands beside them, as pipelines do it.)
-_conversation_queries: ContextVar[list[str] | None] = ContextVar("_conversation_queries", default=None)
+_chat_queries: ContextVar[Callable[[], list[str]] | None] = ContextVar("_chat_queries", default=None)
 
 _TENSOR_TYPES = {"torch": "pt", "numpy": "np", "mlx": "mlx"}
 
@@ -157,7 +159,11 @@ class QueryProcessorMixin:
                 What to look for in the images: one string for all rows, or a list with one string for each row.
         """
         rows = [text] if isinstance(text, str) else text
-        queries = self._check_query(query, rows) if query is not None else _conversation_queries.get()
+        queries = None
+        if query is not None:
+            queries = self._check_query(query, rows)
+        elif (chat_queries := _chat_queries.get()) is not None:
+            queries = chat_queries()
         inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)  # type: ignore[misc]
         if queries is None and rows is not None:
             queries = self.queries_from_text(rows)
@@ -178,17 +184,22 @@ class QueryProcessorMixin:
                 Takes the place of the text of the user's last message: one string for all conversations, or a list
                 with one string for each.
         """
+        if query is not None and not kwargs.get("tokenize"):
+            raise ValueError(
+                f"`query` is {query!r}, but without `tokenize=True` the result is a prompt, which holds no query: "
+                "give it to the call of the processor that tokenizes the prompt."
+            )
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         conversations = conversation if batched else [conversation]
         if query is not None:
-            queries = self._check_query(query, conversations)
+            queries = partial(self._check_query, query, conversations)
         else:
-            queries = self.queries_from_conversations(conversations)
-        token = _conversation_queries.set(queries)
+            queries = partial(self.queries_from_conversations, conversations)
+        token = _chat_queries.set(queries)
         try:
             return super().apply_chat_template(conversation, *args, **kwargs)  # type: ignore[misc]
         finally:
-            _conversation_queries.reset(token)
+            _chat_queries.reset(token)
 
     @property
     def model_input_names(self) -> list[str]:

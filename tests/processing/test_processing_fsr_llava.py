@@ -174,8 +174,8 @@ def test_rows_with_fewer_chunks_end_in_padding(processor):
     assert inputs["query_attention_mask"].view(3, 2, 77).any(-1).tolist() == [[True, False], [True, True], [False] * 2]
 
 
-def test_nothing_truncates_the_query_and_nobody_warns_of_its_length(processor):
-    processor = copy.deepcopy(processor)
+def test_nothing_truncates_the_query_and_nobody_warns_of_its_length():
+    processor = build()  # a tokenizer warns once
     processor.query_tokenizer.backend_tokenizer.enable_truncation(77)  # as some saved CLIP tokenizers do
     records = []
     handler = logging.Handler()
@@ -237,7 +237,7 @@ def test_string_contents():
 
 @pytest.mark.parametrize(
     "conversation",
-    [[turn("system", VICUNA)], [turn("user")], [{"role": "user", "content": None}], [turn("user", "  \n ")]],
+    [[], [turn("system", VICUNA)], [turn("user")], [{"role": "user", "content": None}], [turn("user", "  \n ")]],
 )
 def test_no_words_no_query(processor, conversation):
     assert processor.queries_from_conversations([conversation]) == [""]
@@ -290,6 +290,8 @@ def test_without_tokenization_only_the_prompt_comes_back(processor, image):
     prompt = "USER: <image>\nfirst? ASSISTANT:"
     assert processor.apply_chat_template(conversation, add_generation_prompt=True) == prompt
     assert processor.apply_chat_template([conversation], add_generation_prompt=True) == [prompt]
+    with pytest.raises(ValueError, match=r"'other'.*`tokenize=True`"):
+        processor.apply_chat_template(conversation, query="other")
     ids = chat(processor, conversation, return_dict=False)
     assert torch.equal(ids, chat(processor, conversation)["input_ids"])
 
@@ -342,10 +344,23 @@ def test_texts_written_by_hand(processor, text, query):
     assert processor.queries_from_text([text]) == [query]
 
 
-def test_a_prompt_without_the_templates_own_system_prompt():
-    processor = build(QWEN_TEMPLATE, extra_special_tokens={"image_token": "<image>", "a_token": "<|im_start|>"})
-    text = "<|im_start|>user\n<image>\nwhat is it?<|im_end|>\n<|im_start|>assistant\na dog<|im_end|>"
-    assert processor.queries_from_text([text]) == ["what is it?"]
+# An end of turn that only the turns before the last one get.
+OPEN_TEMPLATE = ONEVISION_TEMPLATE.replace("{{ '<|im_end|>' }}", "{{ '' if loop.last else '<|im_end|>' }}")
+
+
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        (QWEN_TEMPLATE, "<|im_start|>user\n<image>\nwhat?<|im_end|>\n<|im_start|>assistant\na dog<|im_end|>"),
+        (QWEN_TEMPLATE, "<|im_start|>user\n<image>\nwhat?\n<|im_start|>assistant\na dog"),
+        (LLAMA2_TEMPLATE, "[INST] <image>\nwhat? [/INST]"),
+        (LLAMA2_TEMPLATE, "[INST] first? [/INST] a dog </s>[INST] <image>what? [/INST] a cat"),
+        (OPEN_TEMPLATE, "be brief<|im_start|>user <image>\nwhat?<|im_end|><|im_start|>assistant\n"),
+    ],
+    ids=["no system prompt", "no end of turn", "no bos", "bos of the first turn alone", "end between turns alone"],
+)
+def test_texts_that_differ_from_what_the_template_writes(template, text):
+    assert build(template).queries_from_text([text]) == ["what?"]
 
 
 def test_a_template_that_reads_strings_alone():
