@@ -115,6 +115,8 @@ class FSRConfig(PreTrainedConfig):
     model_type = "fsr"
     base_config_key = "fsr_config"
     sub_configs: ClassVar[dict] = {"text_encoder_config": CLIPTextConfig}
+    # The budget that holds where both are None: name and value. A family's config sets it on its own `fsr_config`.
+    _family_budget = ("num_visual_tokens", None)
 
     enabled: bool = True
     num_visual_tokens: int | None = None
@@ -138,12 +140,17 @@ class FSRConfig(PreTrainedConfig):
             value = CLIPTextConfig(**value)
         super().__setattr__(name, value)
         # Once built, naming one budget clears the other; before that, both are compared in `__post_init__`.
-        if name in _BUDGETS and value is not None and "_attn_implementation_internal" in self.__dict__:
-            super().__setattr__(_BUDGETS[1 - _BUDGETS.index(name)], None)
+        if name in _BUDGETS and "_attn_implementation_internal" in self.__dict__:
+            other = _BUDGETS[1 - _BUDGETS.index(name)]
+            if value is not None:
+                super().__setattr__(other, None)
+            elif getattr(self, other) is None:
+                super().__setattr__(*self._family_budget)
 
     def __post_init__(self, **kwargs):
         # What `PreTrainedConfig` itself reads or writes; anything else is a typo.
-        unknown = set(kwargs) - {"_name_or_path", "name_or_path", "attn_implementation", "model_type", "torch_dtype"}
+        known = {"_commit_hash", "_name_or_path", "name_or_path", "attn_implementation", "model_type", "torch_dtype"}
+        unknown = set(kwargs) - known
         if unknown:
             raise ValueError(
                 f"FSRConfig has no field {', '.join(f'`{name}={kwargs[name]!r}`' for name in sorted(unknown))}. "
@@ -195,7 +202,8 @@ class FSRConfig(PreTrainedConfig):
 class FSRConfigMixin:
     """
     Gives a stock config the field `fsr_config`. A dict that is assigned changes the named fields and leaves the
-    others; the text tower, which belongs to the weights, stays in any case.
+    others. An [`FSRConfig`] replaces all of them but the text tower, which belongs to the weights: only a dict that
+    names it as `None` takes it away.
     """
 
     # The family's defaults for the fields of FSRConfig that are None.
@@ -216,16 +224,20 @@ class FSRConfigMixin:
             config = FSRConfig(**{**fields, **(value or {})})
         elif isinstance(value, PreTrainedConfig) and value.model_type == FSRConfig.model_type:
             config = copy.deepcopy(value)
+            if config.text_encoder_config is None and current is not None:
+                config.text_encoder_config = current.text_encoder_config
         else:
             raise ValueError(
                 f"`fsr_config={value!r}` is not allowed: it must be an FSRConfig, a dict of its fields, or None."
             )
-        if config.text_encoder_config is None and current is not None:
-            config.text_encoder_config = current.text_encoder_config
         has_budget = any(getattr(config, name) is not None for name in _BUDGETS)
         for name, default in self.fsr_defaults.items():
             if getattr(config, name) is None and not (name in _BUDGETS and has_budget):
                 setattr(config, name, default)
+            if name in _BUDGETS:
+                config._family_budget = (name, default)
+        if self.__dict__.get("_attn_implementation_internal") is not None:
+            config._attn_implementation = self._attn_implementation
         return config
 
     @classmethod
