@@ -21,10 +21,11 @@ class RemoteCodeMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """As the stock method; the folder also receives the code, and `auto_map` names classes of this folder only."""
+        references = getattr(self, "auto_map", None)
         if self._write_remote_code is not None:
             self._write_remote_code(save_directory)
-        elif getattr(self, "auto_map", None):  # loaded by a Hub id: "org/name--file.Class"
-            self.auto_map = {auto: reference.rpartition("--")[2] for auto, reference in self.auto_map.items()}
+        elif references:  # loaded by a Hub id: "org/name--file.Class"
+            self.auto_map = {auto: reference.rpartition("--")[2] for auto, reference in references.items()}
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:

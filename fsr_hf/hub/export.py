@@ -136,7 +136,7 @@ def _find_weights(folder: Path) -> dict[str, Path]:
             raise ValueError(f"{folder} lacks shards that {_INDEX} names: {', '.join(missing)}.")
         return weights
     raise ValueError(
-        f"{folder} has no {_WEIGHTS} and no {_INDEX}. Pickled weights (.bin, .pt, .pth, .ckpt) are refused, as opening "
+        f"{folder} has no {_WEIGHTS} and no {_INDEX}. Pickled weights (.bin, .pt, .pth, .ckpt) are refused: opening "
         "one can run code that is in it: `from_pretrained(...)`, then `save_pretrained(...)`, converts them."
     )
 

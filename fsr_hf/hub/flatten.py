@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 def write_remote_code(obj: Any, directory: str | os.PathLike) -> None:
     """
-    Writes the code that `obj`, a config, a model or a processor of this package, needs in order to load from
-    `directory`, and names its classes in the `auto_map` of a config or a processor. (A model saves its config.)
+    Writes the code that `obj`, a config or a processor of this package, needs in order to load from `directory`, and
+    names its classes in the `auto_map` of `obj`. A model leaves both to its config, which it saves when it should.
     """
     family = next(family for family in FAMILIES if isinstance(obj, family.classes))
+    if isinstance(obj, family.model):
+        return
+    is_config = isinstance(obj, family.config)
+    obj.auto_map = {auto: name for auto, name in family.auto_map.items() if is_config or auto == "AutoProcessor"}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name, source in flat_files(family).items():
         (directory / name).write_text(source, encoding="utf-8")
-    if isinstance(obj, family.config):
-        obj.auto_map = family.auto_map
-    elif family.processor is not None and isinstance(obj, family.processor):
-        obj.auto_map = {"AutoProcessor": family.auto_map["AutoProcessor"]}
 
 
 @cache
@@ -84,7 +84,7 @@ def _flatten_module(module: str) -> tuple[str, list[str]]:
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.loader is not None
     source = spec.loader.get_source(module)  # type: ignore[attr-defined]
-    lines = source.splitlines(keepends=True)
+    lines = source.split("\n")
     needed = []
     for node, is_optional in _imports(ast.parse(source)):
         place = f"{module}, line {node.lineno}, `{ast.unparse(node)}`"
@@ -107,7 +107,7 @@ def _flatten_module(module: str) -> tuple[str, list[str]]:
                         f"{place}: the code of a Hub folder imports the standard library, torch, transformers, "
                         f"huggingface_hub.dataclasses, and triton inside `try:`, but not {name!r}."
                     )
-    source = "".join(lines)
+    source = "\n".join(lines)
     # transformers finds imports by this pattern, in docstrings too, and fails on a file that does not exist.
     seen = set(re.findall(r"^\s*(?:from|import)\s+\.(\S+)", source, flags=re.MULTILINE))
     stray = seen - {target.rpartition(".")[2] for target in needed}
@@ -119,11 +119,11 @@ def _flatten_module(module: str) -> tuple[str, list[str]]:
 def _imports(node: ast.AST, is_optional: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
     """Every import below `node`, and whether it stands in the body of a `try:`."""
     for child in ast.iter_child_nodes(node):
+        in_try = is_optional or (isinstance(node, ast.Try) and child in node.body)
         if isinstance(child, ast.Import | ast.ImportFrom):
-            yield child, is_optional
+            yield child, in_try
         else:
-            in_try = isinstance(node, ast.Try) and child in node.body
-            yield from _imports(child, is_optional or in_try)
+            yield from _imports(child, in_try)
 
 
 def _check_in_package(target: str, place: str) -> None:

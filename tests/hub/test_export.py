@@ -1,0 +1,543 @@
+"""Export of checkpoints, and what `save_pretrained` writes beside weights and settings."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from PIL import Image
+from processing.tiny_tokenizers import LLAVA_TEMPLATE, clip_image_processor, clip_tokenizer, llama_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPConfig,
+    CLIPModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+from transformers.dynamic_module_utils import get_relative_import_files
+from typer.testing import CliRunner
+
+from fsr_hf import FSRLlavaConfig, FSRLlavaForConditionalGeneration, FSRLlavaProcessor, export
+from fsr_hf.cli import app
+from fsr_hf.configuration.remote_code import RemoteCodeMixin
+from fsr_hf.hub import flatten
+from fsr_hf.hub.families import FAMILIES, Family
+from fsr_hf.hub.flatten import flat_files
+
+
+SIDE = 28  # pixels, 4 x 4 patches
+
+
+class Checkpoints(NamedTuple):
+    stock: Path  # LLaVA, keys as llava-hf/llava-1.5-7b-hf has them
+    clip: Path  # the CLIP of its tower
+    fsr: Path  # the export of both
+
+
+def tiny_clip(hidden_size: int = 16, image_size: int = SIDE) -> CLIPModel:
+    tower = {"hidden_size": hidden_size, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    text = {**tower, "hidden_size": 24, "vocab_size": 200, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    vision = {**tower, "image_size": image_size, "patch_size": 7}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
+
+
+def old_key(key: str) -> str:
+    """The name of a LLaVA weight before transformers 4.52."""
+    for new, old in (
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+    ):
+        if key.startswith(new):
+            return old + key.removeprefix(new)
+    raise AssertionError(key)
+
+
+def stock_llava(clip: CLIPModel) -> LlavaForConditionalGeneration:
+    tokenizer = llama_tokenizer()
+    text_config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=False,
+    )
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(
+        text_config=text_config, vision_config=clip.config.vision_config, image_token_id=image_token_id
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def save_stock(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    save_file({old_key(key): tensor for key, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    LlavaProcessor(
+        image_processor=clip_image_processor(SIDE),
+        tokenizer=llama_tokenizer(),
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> Checkpoints:
+    root = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    clip = tiny_clip()
+    clip.save_pretrained(root / "clip")
+    clip_tokenizer().save_pretrained(root / "clip")
+    save_stock(stock_llava(clip), root / "stock")
+    fsr = export(root / "stock", root / "fsr", text_encoder=root / "clip", fsr_config={"num_visual_tokens": 5})
+    return Checkpoints(root / "stock", root / "clip", fsr)
+
+
+def python_files(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.glob("*.py")}
+
+
+def run_clean(folder: Path, output_dir: Path, hub_id: str | None = None) -> dict:
+    """The report of `clean_process.py` on `folder`, read as a folder or out of the cache of a Hub repository."""
+    script = Path(__file__).with_name("clean_process.py")
+    environment = {**os.environ, "HF_HOME": str(output_dir / "cache"), "HF_HUB_OFFLINE": "1"}
+    output_dir.mkdir()
+    if hub_id is not None:
+        repository = output_dir / "cache" / "hub" / f"models--{hub_id.replace('/', '--')}"
+        shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+    done = subprocess.run(
+        [sys.executable, "-I", str(script), hub_id or str(folder), str(output_dir)],
+        cwd=output_dir,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((output_dir / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def generations(checkpoints, tmp_path_factory) -> list[tuple[Path, dict]]:
+    """An export, what a clean process saved of it, and what another one, by a Hub id, saved of that."""
+    root = tmp_path_factory.mktemp("generations")
+    second, third = root / "second", root / "third"
+    first_report = run_clean(checkpoints.fsr, second)
+    second_report = run_clean(second / "whole", third, hub_id="org/name")
+    return [(checkpoints.fsr, first_report), (second, second_report), (third, {})]
+
+
+def test_folder_works_in_a_clean_process(generations):
+    _, report = generations[0]
+    assert report["missing"] == report["unexpected"] == []
+    assert report["classes"] == [FSRLlavaForConditionalGeneration.__name__] * 2 + [FSRLlavaProcessor.__name__]
+    assert report["inputs"] == [
+        "attention_mask",
+        "input_ids",
+        "pixel_values",
+        "query_attention_mask",
+        "query_input_ids",
+    ]
+    assert report["config"]["fsr_config"]["num_visual_tokens"] == 5
+    assert report["other_budget"] == 2
+    assert report["pipeline"]
+    assert report["fsr_hf"] == []
+
+
+def test_no_trust_no_model(generations):
+    for refusal in generations[0][1]["refusals"].values():
+        assert "trust_remote_code=True" in refusal
+
+
+def test_clean_process_computes_what_the_installed_package_does(checkpoints, generations):
+    _, report = generations[0]
+    model = FSRLlavaForConditionalGeneration.from_pretrained(checkpoints.fsr)
+    processor = AutoProcessor.from_pretrained(checkpoints.fsr)
+    ids = torch.tensor([report["tokens"]])
+    content = [
+        {"type": "image", "image": Image.new("RGB", (SIDE, SIDE), "red")},
+        {"type": "text", "text": "a red dog?"},
+    ]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -1]
+    torch.testing.assert_close(logits, torch.tensor(report["logits"]), rtol=1e-5, atol=1e-6)
+    assert model.generate(**inputs, max_new_tokens=4, do_sample=False).tolist() == ids.tolist()
+
+
+def test_generations_stay_equal(generations):
+    (first, first_report), (second, second_report), (third, _) = generations
+    for key in ("digest", "logits", "tokens", "pipeline", "missing", "classes"):
+        assert first_report[key] == second_report[key]
+    assert python_files(first) == python_files(second / "whole") == python_files(third / "whole") != {}
+    for part in ("whole", "config_only", "processor_only"):
+        assert python_files(first) == python_files(second / part) == python_files(third / part)
+    files = sorted(path.relative_to(second / "whole") for path in (second / "whole").rglob("*") if path.is_file())
+    assert files == sorted(
+        path.relative_to(third / "whole") for path in (third / "whole").rglob("*") if path.is_file()
+    )
+    for file in files:
+        assert (second / "whole" / file).read_bytes() == (third / "whole" / file).read_bytes(), file
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (first, second / "whole")]
+    for config in configs:
+        for part in (config, config["text_config"], config["vision_config"]):
+            part.pop("dtype", None)  # of the loaded model
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.config.model_type)
+def test_flat_files_import_no_stranger(family, tmp_path):
+    files = flat_files(family)
+    for name, source in files.items():
+        (tmp_path / name).write_text(source)
+        assert source.startswith("# Generated from fsr_hf ") and "do not edit" in source.splitlines()[0]
+        tree = ast.parse(source)
+        tried = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and f"{node.module}.py" in files
+                continue
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                root = module.partition(".")[0]
+                assert (
+                    root in sys.stdlib_module_names | {"torch", "transformers"}
+                    or module == "huggingface_hub.dataclasses"
+                    or (root == "triton" and id(node) in tried)
+                ), f"{name}: {module}"
+    for reference in family.auto_map.values():  # as transformers follows imports: from every class to every file
+        entry = tmp_path / f"{reference.partition('.')[0]}.py"
+        assert {Path(file).name for file in get_relative_import_files(entry)} | {entry.name} == set(files)
+
+
+def toy_family(root: Path, monkeypatch, name: str, **modules: str) -> Family:
+    """A package `name` with these modules, whose `entry` is the only one that a family names."""
+    for module, source in {"__init__": "", "entry": "", **modules}.items():
+        file = root / name / f"{module.replace('__in__', '/')}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source)
+        if not (file.parent / "__init__.py").exists():
+            (file.parent / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(root)
+    monkeypatch.setattr(flatten, "_PACKAGE", name)
+    entry = type("Entry", (), {"__module__": f"{name}.entry"})
+    return Family("toy", entry, entry, None)
+
+
+def test_flattening_rewrites_imports_and_nothing_else(tmp_path, monkeypatch):
+    entry = '"""See from_pretrained."""\n\nfrom .deep.first import (\n    a,\n    b,\n)\nfrom .second import c as d\n'
+    optional = "try:\n    import triton\nexcept ImportError:\n    triton = None\n"
+    family = toy_family(
+        tmp_path,
+        monkeypatch,
+        "toy_flat",
+        entry=entry,
+        deep__in__first="from ..second import c\n\na = b = c\n",
+        second=f"from huggingface_hub.dataclasses import strict\n{optional}c = '×'\n",
+        unused="import numpy\n",
+    )
+    files = flat_files(family)
+    assert sorted(files) == ["entry.py", "first.py", "second.py"]
+    assert files["entry.py"].partition("\n")[2] == entry.replace(".deep.first", ".first")
+    assert files["first.py"].partition("\n")[2] == "from .second import c\n\na = b = c\n"
+    assert files["second.py"].partition("\n")[2].endswith("c = '×'\n")
+
+
+@pytest.mark.parametrize(
+    ("entry", "error"),
+    [
+        ("import numpy as np\n", r"line 1.*'numpy'"),
+        ("import torch\nif torch:\n    import torchvision.ops\n", r"line 3.*'torchvision.ops'"),
+        ("import triton\n", "'triton'"),
+        ("try:\n    import torch\nexcept ImportError:\n    import triton\n", "'triton'"),
+        ("from huggingface_hub import HfApi\n", "'huggingface_hub'"),
+        ("from {package}.other import x\n", "'{package}.other'"),
+        ("from . import other\n", "not from {package}"),
+        ("from .folder import other\n", "not from {package}.folder"),
+        ("from .missing import x\n", "not from {package}.missing"),
+        ('"""Use\nfrom .words import x\n"""\n', "line of text for an import of words"),
+        ("from .other import x\nfrom .folder.other import y\n", "one flat file"),
+    ],
+)
+def test_what_cannot_be_flattened_is_named(entry, error, tmp_path, monkeypatch, request):
+    package = f"toy_{request.node.callspec.indices['entry']}"
+    modules = {"other": "x = 1\n", "folder__in__other": "y = 1\n"}
+    family = toy_family(tmp_path, monkeypatch, package, entry=entry.replace("{package}", package), **modules)
+    with pytest.raises(ValueError, match=error.replace("{package}", package)):
+        flat_files(family)
+
+
+def test_old_layout_and_text_tower_load_whole(checkpoints):
+    assert sorted(path.name for path in checkpoints.fsr.glob("*.safetensors")) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    model, info = FSRLlavaForConditionalGeneration.from_pretrained(checkpoints.fsr, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    state = model.state_dict()
+    stock = LlavaForConditionalGeneration.from_pretrained(checkpoints.stock).state_dict()
+    clip = load_file(checkpoints.clip / "model.safetensors")
+    text_side = {f"text_encoder.{key}": clip[key] for key in clip if key.startswith("text_model.")}
+    for key in ("text_projection.weight", "visual_projection.weight"):
+        text_side[f"text_encoder.{key}"] = clip[key]
+    assert state.keys() == stock.keys() | text_side.keys()
+    for key, tensor in {**stock, **text_side}.items():
+        assert torch.equal(state[key], tensor), key
+    index = json.loads((checkpoints.fsr / "model.safetensors.index.json").read_text())
+    stored = load_file(checkpoints.stock / "model.safetensors")
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in [*stored.values(), *text_side.values()])
+
+
+def test_installed_package_saves_the_same_folder(checkpoints, tmp_path):
+    model = AutoModel.from_pretrained(checkpoints.fsr)
+    assert type(model) is type(AutoModelForImageTextToText.from_pretrained(checkpoints.fsr))
+    assert type(model) is FSRLlavaForConditionalGeneration
+    model.save_pretrained(tmp_path / "whole")
+    AutoProcessor.from_pretrained(checkpoints.fsr).save_pretrained(tmp_path / "whole")
+    AutoConfig.from_pretrained(checkpoints.fsr).save_pretrained(tmp_path / "config")
+    code = flat_files(FAMILIES[0])
+    assert (
+        python_files(checkpoints.fsr) == python_files(tmp_path / "whole") == python_files(tmp_path / "config") == code
+    )
+    for folder in (checkpoints.fsr, tmp_path / "whole", tmp_path / "config"):
+        config = json.loads((folder / "config.json").read_text())
+        assert config["model_type"] == "fsr_llava"
+        assert config["auto_map"] == {
+            "AutoConfig": "configuration_fsr_llava.FSRLlavaConfig",
+            "AutoModel": "modeling_fsr_llava.FSRLlavaForConditionalGeneration",
+            "AutoModelForImageTextToText": "modeling_fsr_llava.FSRLlavaForConditionalGeneration",
+            "AutoProcessor": "processing_fsr_llava.FSRLlavaProcessor",
+        }
+    for folder in (checkpoints.fsr, tmp_path / "whole"):
+        processor = json.loads((folder / "processor_config.json").read_text())
+        assert processor["processor_class"] == "FSRLlavaProcessor"
+        assert processor["auto_map"] == {"AutoProcessor": "processing_fsr_llava.FSRLlavaProcessor"}
+
+
+def test_auto_map_of_a_loaded_copy_names_no_other_repository(checkpoints, tmp_path):
+    config = FSRLlavaConfig.from_pretrained(checkpoints.fsr)
+    config.auto_map = {auto: f"org/name--{reference}" for auto, reference in config.auto_map.items()}
+    config.save_pretrained(tmp_path / "installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RemoteCodeMixin, "_write_remote_code", None)  # as in a copy from a Hub folder
+        config.auto_map = {auto: f"org/name--{reference}" for auto, reference in config.auto_map.items()}
+        config.save_pretrained(tmp_path / "loaded")
+    for folder in (tmp_path / "installed", tmp_path / "loaded"):
+        assert json.loads((folder / "config.json").read_text())["auto_map"] == FAMILIES[0].auto_map
+
+
+@pytest.fixture
+def uploads(monkeypatch) -> list[set[str]]:
+    """The files of each commit to the Hub, none of which reaches it."""
+    commits: list[set[str]] = []
+
+    def create_commit(self, *, operations, **kwargs):
+        commits.append({operation.path_in_repo for operation in operations})
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: ModelCard("card"))
+    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *args, **kwargs: ModelCard(""))
+    return commits
+
+
+@pytest.mark.parametrize("auto_class", [AutoConfig, AutoModel, AutoProcessor])
+def test_code_is_pushed_with_what_needs_it(auto_class, checkpoints, uploads, tmp_path):
+    saved = auto_class.from_pretrained(checkpoints.fsr)
+    saved.push_to_hub("org/name")
+    for _ in range(2):  # the second time the files are there already
+        saved.save_pretrained(str(tmp_path / "folder"), push_to_hub=True, repo_id="org/name")
+    assert len(uploads) == 3
+    for files in uploads:
+        assert files >= set(python_files(checkpoints.fsr))
+        assert files & {"config.json", "processor_config.json"}
+
+
+def test_without_text_encoder_relevance_is_off(checkpoints, tmp_path):
+    folder = export(checkpoints.stock, tmp_path / "fsr", progress=False)
+    config = AutoConfig.from_pretrained(folder)
+    assert config.fsr_config.relevance == "none" and config.fsr_config.text_encoder_config is None
+    assert config.fsr_config.num_visual_tokens == 128
+    assert type(AutoProcessor.from_pretrained(folder)) is LlavaProcessor
+    assert [path.name for path in folder.glob("model*safetensors*")] == ["model.safetensors"]
+    assert (folder / "model.safetensors").read_bytes() == (checkpoints.stock / "model.safetensors").read_bytes()
+    for path in checkpoints.stock.iterdir():
+        if path.name != "config.json":
+            assert (folder / path.name).read_bytes() == path.read_bytes()
+    _, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    # A text encoder can be added later.
+    later = export(folder, tmp_path / "later", text_encoder=checkpoints.clip, progress=False)
+    assert AutoConfig.from_pretrained(later).fsr_config.relevance is None
+    assert type(AutoProcessor.from_pretrained(later)) is FSRLlavaProcessor
+
+
+def test_export_of_an_export_changes_the_config_alone(checkpoints, tmp_path):
+    folder = export(checkpoints.fsr, tmp_path / "fsr", fsr_config={"retention_ratio": 0.25}, progress=False)
+    config = AutoConfig.from_pretrained(folder)
+    assert config.fsr_config.retention_ratio == 0.25 and config.fsr_config.num_visual_tokens is None
+    names = sorted(path.relative_to(checkpoints.fsr) for path in checkpoints.fsr.rglob("*") if path.is_file())
+    assert sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()) == names
+    for name in names:
+        assert name.name == "config.json" or (folder / name).read_bytes() == (checkpoints.fsr / name).read_bytes()
+    with pytest.raises(ValueError, match="has a text encoder already"):
+        export(checkpoints.fsr, tmp_path / "again", text_encoder=checkpoints.clip)
+
+
+def test_shards_are_renamed_and_can_be_linked(checkpoints, tmp_path):
+    source = tmp_path / "sharded"
+    stock = LlavaForConditionalGeneration.from_pretrained(checkpoints.stock)
+    stock.save_pretrained(source, max_shard_size="60KB")
+    shards = sorted(source.glob("*.safetensors"))
+    folder = export(source, tmp_path / "fsr", link=True, fsr_config={"alpha": 0}, progress=False)
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == [path.name for path in shards]
+    AutoProcessor.from_pretrained(checkpoints.stock).save_pretrained(source)
+    folder = export(source, tmp_path / "clip", link=True, text_encoder=checkpoints.clip, progress=False)
+    count = len(shards) + 1
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == names
+    assert all((folder / name).samefile(shard) for name, shard in zip(names, shards, strict=False))
+    model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in stock.state_dict().items())
+
+
+def test_text_encoder_of_pickled_tensors(checkpoints, tmp_path):
+    """OpenAI's repositories of the towers hold no safetensors; their tensors are read without running anything."""
+    clip = shutil.copytree(checkpoints.clip, tmp_path / "clip")
+    torch.save(load_file(clip / "model.safetensors"), clip / "pytorch_model.bin")
+    (clip / "model.safetensors").unlink()
+    folder = export(checkpoints.stock, tmp_path / "fsr", text_encoder=clip, progress=False)
+    shard = "model-00002-of-00002.safetensors"
+    ours, theirs = load_file(folder / shard), load_file(checkpoints.fsr / shard)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_hub_ids_carry_a_revision(checkpoints, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo_id, revision, **kwargs):
+        asked.append((repo_id, revision))
+        return str({"org/llava": checkpoints.stock, "org/clip": checkpoints.clip}[repo_id])
+
+    monkeypatch.setattr("fsr_hf.hub.export.snapshot_download", snapshot_download)
+    folder = export("org/llava", tmp_path / "fsr", text_encoder="org/clip@refs/pr/8", progress=False)
+    assert asked == [("org/llava", None), ("org/clip", "refs/pr/8")]
+    assert python_files(folder) == python_files(checkpoints.fsr)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "error"),
+    [
+        ("stock: config.json: model_type=opt", {}, "`model_type` 'opt'; there is FSR for 'llava', 'fsr_llava'"),
+        ("stock: config.json: vision_config.model_type=siglip_vision_model", {}, "siglip_vision_model"),
+        ("stock: remove model.safetensors", {}, "Pickled weights .* are refused"),
+        ("stock: nothing", {"fsr_config": {"relevance": "clip"}}, "name it with `text_encoder`"),
+        ("stock: nothing", {"fsr_config": {"num_visual_tokens": 0}}, "num_visual_tokens=0"),
+        ("stock: nothing", {"fsr_config": {"num_visual_tokens": 9, "retention_ratio": 0.5}}, "both set"),
+        ("clip: config.json: vision_config.hidden_size=32", {}, "hidden_size 32, but 16 in the tower"),
+        ("clip: config.json: vision_config.image_size=56", {}, "image_size 56, but 28 in the tower"),
+        ("clip: config.json: model_type=siglip", {}, "of `model_type` 'siglip'"),
+        ("clip: config.json: projection_dim=13", {}, r"text_projection.weight should be of shape \(13, 24\)"),
+        ("clip: remove model.safetensors", {}, "Pickled weights .* are refused"),
+    ],
+)
+def test_wrong_input_is_refused_before_any_work(change, options, error, checkpoints, tmp_path):
+    which, _, change = change.partition(": ")
+    inputs = {"stock": checkpoints.stock, "clip": checkpoints.clip}
+    inputs[which] = shutil.copytree(inputs[which], tmp_path / which)
+    if change.startswith("remove "):
+        (inputs[which] / change.split()[1]).unlink()
+    elif change.startswith("config.json: "):
+        config = json.loads((inputs[which] / "config.json").read_text())
+        path, _, value = change.removeprefix("config.json: ").partition("=")
+        *parents, last = path.split(".")
+        part = config
+        for parent in parents:
+            part = part[parent]
+        part[last] = int(value) if value.isdigit() else value
+        (inputs[which] / "config.json").write_text(json.dumps(config))
+    if which == "clip":
+        options = {**options, "text_encoder": inputs["clip"]}
+    before = set(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=error):
+        export(inputs["stock"], tmp_path / "fsr", **options)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_text_tower_in_the_config_but_not_in_the_weights(checkpoints, tmp_path):
+    source = shutil.copytree(checkpoints.fsr, tmp_path / "source")
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["text_encoder.text_projection.weight"]
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"lacks weights of it: text_encoder\.text_proj"):
+        export(source, tmp_path / "fsr")
+    (source / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks shards .*: model-00001-of-00002\.safetensors"):
+        export(source, tmp_path / "fsr")
+
+
+def test_output_is_replaced_whole_or_not_at_all(checkpoints, tmp_path, monkeypatch):
+    folder = tmp_path / "fsr"
+    folder.mkdir()
+    export(checkpoints.stock, folder, progress=False)  # an empty folder is no obstacle
+    (folder / "note.txt").write_text("old")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        export(checkpoints.stock, folder)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr("fsr_hf.hub.export.save_file", raise_disk_full)
+        export(checkpoints.stock, folder, text_encoder=checkpoints.clip, force=True, progress=False)
+    assert list(tmp_path.iterdir()) == [folder] and (folder / "note.txt").exists()
+    export(checkpoints.stock, folder, force=True, progress=False)
+    assert list(tmp_path.iterdir()) == [folder] and not (folder / "note.txt").exists()
+    with pytest.raises(ValueError, match="holds the source"):
+        export(folder, folder, force=True)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileExistsError, match="no checkpoint that `force` may replace"):
+        export(checkpoints.stock, folder, force=True)
+
+
+def raise_disk_full(*args, **kwargs):
+    raise OSError("disk full")
+
+
+def test_command_line(checkpoints, tmp_path):
+    arguments = ["export", str(checkpoints.stock), str(tmp_path / "fsr"), "--text-encoder", str(checkpoints.clip)]
+    done = CliRunner().invoke(app, [*arguments, "--retention-ratio", "0.5"])
+    assert done.exit_code == 0, done.output
+    assert AutoConfig.from_pretrained(tmp_path / "fsr").fsr_config.retention_ratio == 0.5
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 1
+    assert again.stderr.startswith("fsr-hf: `output_dir`") and again.stderr.count("\n") == 1
+    both = CliRunner().invoke(app, [*arguments, "--force", "--retention-ratio", "0.5", "--num-visual-tokens", "4"])
+    assert both.exit_code == 1 and "both set" in both.stderr
