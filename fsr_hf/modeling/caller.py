@@ -28,11 +28,11 @@ class CallerView:
             How many leading ids it stands for.
     """
 
-    def __init__(self, input_ids: torch.LongTensor, compressed_length: int):
+    def __init__(self, input_ids: torch.Tensor, compressed_length: int):
         self.input_ids = input_ids
         self.compressed_length = compressed_length
 
-    def restore(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+    def restore(self, input_ids: torch.Tensor) -> torch.Tensor:
         """
         `(batch * n, compressed_length + new)` to `(batch * n, length + new)`; n beams or sequences stand together.
         """
@@ -58,7 +58,7 @@ class CallerView:
             arguments["streamer"] = _CallerStreamer(self, arguments["streamer"])
         return arguments
 
-    def _restore_row(self, input_ids: torch.LongTensor, row: int) -> torch.LongTensor:
+    def _restore_row(self, input_ids: torch.Tensor, row: int) -> torch.Tensor:
         return torch.cat([self.input_ids[row].to(input_ids.device), input_ids[self.compressed_length :]])
 
     def _wrap_criterion(self, criterion: StoppingCriteria) -> StoppingCriteria:
@@ -73,7 +73,7 @@ class _CallerLogitsProcessor(LogitsProcessor):
         self.view = view
         self.processor = processor
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return self.processor(self.view.restore(input_ids), scores)
 
 
@@ -84,7 +84,7 @@ class _CallerStoppingCriteria(StoppingCriteria):
         if hasattr(criterion, "eos_token_id"):  # `generate` pads finished rows if a criterion has it
             self.eos_token_id = criterion.eos_token_id
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.criterion(self.view.restore(input_ids), scores, **kwargs)
 
 

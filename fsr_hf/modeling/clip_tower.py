@@ -1,8 +1,11 @@
 """What LLaVA-1.5 and LLaVA-NeXT share: scores from a CLIP tower and from the text side of its CLIP."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedConfig
 
+from .generation import FSRGenerationMixin
 from .relevance import CLIPRelevance
 from .saliency import cls_attention
 
@@ -10,7 +13,7 @@ from .saliency import cls_attention
 __all__ = ["CLIPTowerMixin"]
 
 
-class CLIPTowerMixin:
+class CLIPTowerMixin(FSRGenerationMixin):
     """
     Saliency from the [CLS] row of the selected block, relevance from `text_encoder`, where the config describes one.
     """
@@ -19,7 +22,7 @@ class CLIPTowerMixin:
         check_clip_tower(config, config.vision_feature_layer, config.vision_feature_select_strategy)
         super().__init__(config)
         text_config = config.fsr_config.text_encoder_config
-        self.text_encoder = None
+        self.text_encoder: Any = None
         if text_config is not None:
             self.text_encoder = CLIPRelevance(text_config, config.vision_config.hidden_size)
         elif config.fsr_config.relevance == "clip":

@@ -187,7 +187,7 @@ class _Cosines:
     """Cosines in float32 between some tokens of each row and all tokens of that row, `(batch, k, num_tokens)`."""
 
     def __init__(self, features):
-        features = features.detach().float()
+        features = features.float()
         # Dividing by the largest entry first keeps the squares of the norm in range.
         peak = torch.maximum(features.amax(-1, keepdim=True), -features.amin(-1, keepdim=True))
         unit = features / peak.masked_fill(peak == 0, 1.0)

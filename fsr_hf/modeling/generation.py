@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import TransformersKwargs, logging
 
 from .caller import CallerView
 from .fsr import VisualSelection
 from .pools import VisualPools, select_from_pools
-from .prompt import CompressedPrompt, VisualItem, plan_columns, restore_logits
+from .prompt import CompressedPrompt, VisualItem, lay_out, restore_logits
 
 
 __all__ = ["FSRGenerationMixin"]
@@ -21,7 +21,7 @@ __all__ = ["FSRGenerationMixin"]
 logger = logging.get_logger(__name__)
 
 
-class FSRGenerationMixin:
+class FSRGenerationMixin(GenerationMixin):
     """
     Prunes the visual tokens of a prompt before the language model sees it. It stands before a stock
     `...ForConditionalGeneration` class, which does all the rest: `generate()` and `forward()` of that class run on the
@@ -44,7 +44,7 @@ class FSRGenerationMixin:
         """Ids of the placeholders that pixels fill."""
         return [self.config.image_token_id]
 
-    def find_items(self, input_ids: torch.LongTensor, **visual: Any) -> list[VisualItem]:
+    def find_items(self, input_ids: torch.Tensor, **visual: Any) -> list[VisualItem]:
         """
         The images and videos of a prompt (on the CPU), from shapes and grids alone; raises `ValueError` on a mismatch.
         """
@@ -60,9 +60,7 @@ class FSRGenerationMixin:
         """
         raise NotImplementedError
 
-    def full_position_ids(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, **visual: Any
-    ) -> torch.LongTensor:
+    def full_position_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **visual: Any) -> torch.Tensor:
         """Positions `(..., batch, length)` of the whole prompt, used with `positions="original"`."""
         return _positions(attention_mask)
 
@@ -70,8 +68,8 @@ class FSRGenerationMixin:
 
     def _compress(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
         visual: dict[str, Any],
         query: tuple[torch.Tensor | None, torch.Tensor | None],
         fsr,
@@ -94,40 +92,23 @@ class FSRGenerationMixin:
         if not any(is_pruned) and not return_selections:
             return None, None
 
-        query = self._check_query(query, fsr, len(input_ids))
-        query = None if query is None else self.text_encoder.encode_query(*query)
-        pools = self.encode_visuals(items, query, **visual)
+        question = self._check_query(query, fsr, len(input_ids))
+        embeddings = None if question is None else self.text_encoder.encode_query(*question)
+        pools = self.encode_visuals(items, embeddings, **visual)
         indices, features, kept, selections = select_from_pools(
             pools, items, budgets, is_pruned, fsr, return_selections
         )
         if not any(is_pruned):
             return None, selections
 
-        device = input_ids.device
-        columns, slots = plan_columns(host_mask, items, kept)
-        is_visual = torch.zeros(columns.numel(), dtype=torch.bool).index_fill(0, slots, True).view(columns.shape)
-        starts = torch.tensor([item.start for item in items]).repeat_interleave(torch.tensor(kept))
-        columns, slots, is_visual, starts = (
-            tensor.to(device, non_blocking=True) for tensor in (columns, slots, is_visual, starts)
-        )
-        columns = columns.flatten().index_copy(0, slots, starts + indices.to(device)).view_as(columns)
-
-        prompt = CompressedPrompt(
-            *(input_ids, features, attention_mask, attention_mask),
-            columns=columns,
-            is_visual=is_visual,
-            features=features,
-        )
-        prompt.input_ids = prompt.gather(input_ids)
-        prompt.attention_mask = prompt.gather(attention_mask).masked_fill(columns < 0, 0)
-        embeds = self.get_input_embeddings()(prompt.input_ids)
-        features = features.to(embeds.device, embeds.dtype)
-        prompt.inputs_embeds = embeds.flatten(0, 1).index_copy(0, slots.to(embeds.device), features).view_as(embeds)
+        layout = lay_out(host_mask, items, kept, indices.to(input_ids.device))
+        ids, mask = layout.gather(input_ids), layout.attention_mask(attention_mask)
+        embeds = layout.embeds(self.get_input_embeddings()(ids), features)
         if fsr.positions == "original":
-            prompt.position_ids = prompt.gather(self.full_position_ids(input_ids, attention_mask, **visual))
+            position_ids = layout.gather(self.full_position_ids(input_ids, attention_mask, **visual))
         else:
-            prompt.position_ids = _positions(prompt.attention_mask)
-        return prompt, selections
+            position_ids = _positions(mask)
+        return CompressedPrompt(layout, ids, embeds, mask, position_ids), selections
 
     def _check_query(self, query, fsr, batch_size: int):
         """The question as `encode_query` takes it, or `None` (saliency alone), with a warning where it is missing."""
@@ -168,8 +149,8 @@ class FSRGenerationMixin:
             return None
         return {name: kwargs.pop(name) for name in self.visual_inputs if name in kwargs}
 
-    def _check_prompt(self, input_ids, attention_mask, kwargs, refused: tuple[str, ...]) -> None:
-        """What cannot stand beside pixels."""
+    def _check_prompt(self, input_ids, attention_mask, kwargs, refused: tuple[str, ...]) -> torch.Tensor:
+        """The ids, after the refusal of what cannot stand beside pixels."""
         if input_ids is None:
             raise ValueError("Pixels need `input_ids`: FSR finds the placeholders of images in them.")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -189,6 +170,7 @@ class FSRGenerationMixin:
                 "supported with FSR. Pass the whole conversation without `past_key_values`, or `fsr_enabled=False` to "
                 "run unpruned."
             )
+        return input_ids
 
     # ------------------------------------------------------------------ generate
 
@@ -275,7 +257,7 @@ class FSRGenerationMixin:
             return output
 
         attention_mask = kwargs.get("attention_mask")
-        self._check_prompt(input_ids, attention_mask, kwargs, ("position_ids",))
+        input_ids = self._check_prompt(input_ids, attention_mask, kwargs, ("position_ids",))
         length = input_ids.shape[1]
         if options.max_new_tokens is None and options.max_length is not None and length >= options.max_length:
             raise ValueError(
@@ -376,7 +358,9 @@ class FSRGenerationMixin:
                     f"`{name}` is not supported with FSR: {reason}. `fsr_enabled=False` runs the stock model."
                 )
         # PEFT puts its own method on the model while it generates.
-        adapter = getattr(getattr(self.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
+        adapter: Any = getattr(
+            getattr(self.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None
+        )
         if getattr(adapter, "is_prompt_learning", False):
             raise ValueError(
                 f"PEFT {adapter.peft_type} is not supported with FSR: it adds virtual tokens to the prompt after it "
@@ -395,7 +379,7 @@ class FSRGenerationMixin:
                 "arguments will also show up in this list)"
             )
 
-    def _check_text_prompt(self, input_ids: torch.LongTensor | None, kwargs: dict[str, Any]) -> None:
+    def _check_text_prompt(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
         """A prompt without pixels must be one without placeholders."""
         _refuse_pruned_cache(kwargs.get("past_key_values"))
         if input_ids is None:
@@ -410,10 +394,10 @@ class FSRGenerationMixin:
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
         past_key_values=None,
-        attention_mask: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs,
@@ -445,12 +429,12 @@ class FSRGenerationMixin:
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        query_input_ids: torch.LongTensor | None = None,
-        query_attention_mask: torch.LongTensor | None = None,
+        query_input_ids: torch.Tensor | None = None,
+        query_attention_mask: torch.Tensor | None = None,
         num_visual_tokens: int | None = None,
         retention_ratio: float | None = None,
         fsr_enabled: bool | None = None,
@@ -479,7 +463,7 @@ class FSRGenerationMixin:
             "cu_seq_lens_k",
             "shift_labels",
         )
-        self._check_prompt(input_ids, attention_mask, kwargs, refused)
+        input_ids = self._check_prompt(input_ids, attention_mask, kwargs, refused)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompt, _ = self._compress(input_ids, mask, visual, (query_input_ids, query_attention_mask), fsr)
         if prompt is None:
@@ -493,7 +477,7 @@ class FSRGenerationMixin:
                 # share of them is known here, and stands for the others'.
                 counted, counts = (tensor[:, 1:].ne(-100).sum() for tensor in (labels, masked))
                 kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * counts / counted.clamp(min=1)
-            labels = prompt.compress_labels(masked)
+            labels = prompt.layout.labels(masked)
         return_dict = kwargs.pop("return_dict", None)
         # All logits for the loss, and for positions that differ from row to row; else no more than are asked for.
         is_number = isinstance(logits_to_keep, int)
@@ -502,11 +486,11 @@ class FSRGenerationMixin:
             "attention_mask": prompt.attention_mask,
             "position_ids": prompt.position_ids,
             "labels": labels,
-            "logits_to_keep": min(logits_to_keep, prompt.columns.shape[1]) if is_number and labels is None else 0,
+            "logits_to_keep": min(logits_to_keep, prompt.input_ids.shape[1]) if is_number and labels is None else 0,
         }
         outputs = super().forward(return_dict=True, **kwargs)
         _mark_pruned(outputs.past_key_values)
-        outputs["logits"] = restore_logits(outputs.logits, prompt.columns, input_ids.shape[1], logits_to_keep)
+        outputs["logits"] = restore_logits(outputs.logits, prompt.layout.columns, input_ids.shape[1], logits_to_keep)
         if return_dict is None:
             return_dict = self.config.return_dict
         return outputs if return_dict else outputs.to_tuple()
@@ -535,7 +519,7 @@ class FSRGenerationMixin:
         return self
 
 
-def _positions(attention_mask: torch.LongTensor) -> torch.LongTensor:
+def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
@@ -571,7 +555,7 @@ def _check_mask_of_pruned_cache(attention_mask, input_ids, kwargs) -> None:
         )
 
 
-def _infer_attention_mask(input_ids: torch.LongTensor, options: GenerationConfig) -> torch.LongTensor:
+def _infer_attention_mask(input_ids: torch.Tensor, options: GenerationConfig) -> torch.Tensor:
     """The mask that transformers would infer: from padding, if the prompt has any and it is not EOS."""
     pad, eos = options.pad_token_id, options.eos_token_id
     eos = eos if isinstance(eos, list) else [eos]

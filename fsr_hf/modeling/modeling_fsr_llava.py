@@ -10,7 +10,6 @@ from transformers.conversion_mapping import (
 from ..configuration.configuration_fsr_llava import FSRLlavaConfig
 from ..configuration.remote_code import RemoteCodeMixin
 from .clip_tower import CLIPTowerMixin
-from .generation import FSRGenerationMixin
 from .pools import VisualPools
 from .prompt import VisualItem, find_visual_items
 
@@ -18,9 +17,7 @@ from .prompt import VisualItem, find_visual_items
 __all__ = ["FSRLlavaForConditionalGeneration"]
 
 
-class FSRLlavaForConditionalGeneration(
-    RemoteCodeMixin, CLIPTowerMixin, FSRGenerationMixin, LlavaForConditionalGeneration
-):
+class FSRLlavaForConditionalGeneration(RemoteCodeMixin, CLIPTowerMixin, LlavaForConditionalGeneration):
     """
     [`LlavaForConditionalGeneration`] that keeps the `fsr_config.num_visual_tokens` visual tokens of each image that
     matter for the question (Focus-Scan-Refine, [arXiv 2602.05809](https://arxiv.org/abs/2602.05809)).

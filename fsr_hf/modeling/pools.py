@@ -31,7 +31,7 @@ class VisualPools:
             Position of each token in its item's run of placeholders; `None` if pools are whole items in order.
         runs (`list[torch.Tensor]`):
             For each item, the rows of the stock `get_image_features().pooler_output`: `(placeholders, hidden_size)`.
-        grid (`list[torch.LongTensor]`):
+        grid (`list[torch.Tensor]`):
             For each item, view or frame, row and column of every placeholder: `(placeholders, 3)`.
     """
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 
-__all__ = ["CompressedPrompt", "VisualItem", "find_visual_items", "plan_columns", "restore_logits"]
+__all__ = ["CompressedPrompt", "PromptLayout", "VisualItem", "find_visual_items", "lay_out", "restore_logits"]
 
 
 @dataclass
@@ -33,7 +33,7 @@ class VisualItem:
 
 
 def find_visual_items(
-    input_ids: torch.LongTensor, token_id: int, lengths: list[int], modality: str = "image"
+    input_ids: torch.Tensor, token_id: int, lengths: list[int], modality: str = "image"
 ) -> list[VisualItem]:
     """
     Match the placeholders of a prompt with the images (or videos) that fill them, in the order of the batch.
@@ -74,12 +74,55 @@ def find_visual_items(
     return items
 
 
-def plan_columns(
-    attention_mask: torch.Tensor, items: list[VisualItem], kept: list[int]
-) -> tuple[torch.LongTensor, torch.LongTensor]:
+@dataclass
+class PromptLayout:
     """
-    Where each column of the compressed prompt comes from, as far as the host knows. Rows end together; as many of the
-    caller's leading padding columns are taken along as there is room for.
+    Where each column of the compressed prompt comes from.
+
+    Args:
+        columns (`torch.LongTensor` of shape `(batch, compressed_length)`):
+            The caller's column of each column, -1 for slack.
+        slots (`torch.LongTensor` of shape `(kept,)`):
+            The visual tokens in the flattened `columns`, item by item.
+    """
+
+    columns: torch.Tensor
+    slots: torch.Tensor
+
+    @property
+    def is_visual(self) -> torch.Tensor:
+        """`torch.BoolTensor` of shape `(batch, compressed_length)`: the columns of visual tokens."""
+        mask = torch.zeros_like(self.columns, dtype=torch.bool)
+        return mask.flatten().index_fill(0, self.slots, True).view_as(mask)
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` `(..., batch, length)` of the caller's columns; slack gets that of column 0."""
+        columns = self.columns.clamp(min=0)
+        return values.gather(-1, columns.expand(*values.shape[:-1], -1))
+
+    def attention_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The mask `(batch, compressed_length)`: the caller's, and 0 at slack."""
+        return self.gather(attention_mask).masked_fill(self.columns < 0, 0)
+
+    def labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """
+        The labels `(batch, compressed_length)`: -100 at visual tokens and slack, and at the caller's first column,
+        which no position predicts and which slack must not.
+        """
+        return self.gather(labels).masked_fill((self.columns <= 0) | self.is_visual, -100)
+
+    def embeds(self, embeds: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Embeddings `(batch, compressed_length, hidden_size)` with the kept visual tokens `(kept, hidden_size)`."""
+        features = features.to(embeds.device, embeds.dtype)
+        return embeds.flatten(0, 1).index_copy(0, self.slots.to(embeds.device), features).view_as(embeds)
+
+
+def lay_out(
+    attention_mask: torch.Tensor, items: list[VisualItem], kept: list[int], indices: torch.Tensor
+) -> PromptLayout:
+    """
+    Lay out the compressed prompt. Rows end together; as many of the caller's leading padding columns are taken along
+    as there is room for, and slack fills what is left. All but `indices` is known on the host.
 
     Args:
         attention_mask (`torch.LongTensor` of shape `(batch, length)`):
@@ -88,11 +131,8 @@ def plan_columns(
             The images and videos, by row and column.
         kept (`list[int]`):
             How many tokens each item keeps.
-
-    Returns:
-        `columns` of shape `(batch, compressed_length)`: the caller's column, -1 for slack on the left, anything for a
-        visual slot; and `slots` of shape `(sum(kept),)`: the visual slots in the flattened `columns`, in the order of
-        `items`.
+        indices (`torch.LongTensor` of shape `(sum(kept),)`):
+            Which ones, as positions in the item's run, item by item.
     """
     batch, length = attention_mask.shape
     visual = -2
@@ -105,15 +145,17 @@ def plan_columns(
                 end = item.start + item.length
         rows.append(torch.cat([*parts, torch.arange(end, length)]))
     # A row may lose its leading padding, and nothing else.
-    attended = [
-        (columns == visual) | attention_mask[row, columns.clamp(min=0)].bool() for row, columns in enumerate(rows)
-    ]
+    attended = [(row == visual) | mask[row.clamp(min=0)].bool() for row, mask in zip(rows, attention_mask)]
     width = max(int(real.flip(0).nonzero().max()) + 1 if real.any() else 1 for real in attended)
     columns = torch.full((batch, width), -1)
-    for row, source in enumerate(rows):
+    for target, source in zip(columns, rows):
         source = source[-width:]
-        columns[row, width - len(source) :] = source
-    return columns, (columns.flatten() == visual).nonzero()[:, 0]
+        target[width - len(source) :] = source
+
+    slots = (columns.flatten() == visual).nonzero()[:, 0]
+    starts = torch.tensor([item.start for item in items]).repeat_interleave(torch.tensor(kept))
+    columns, slots, starts = (tensor.to(indices.device, non_blocking=True) for tensor in (columns, slots, starts))
+    return PromptLayout(columns.flatten().index_copy(0, slots, starts + indices).view_as(columns), slots)
 
 
 @dataclass
@@ -122,48 +164,27 @@ class CompressedPrompt:
     The prompt that the language model sees.
 
     Args:
+        layout (`PromptLayout`):
+            Where its columns come from.
         input_ids (`torch.LongTensor` of shape `(batch, compressed_length)`):
-            The caller's ids at `columns`; slack repeats the row's first id, so that no id is new to a row.
+            The caller's ids; slack repeats the row's first id, so that no id is new to a row.
         inputs_embeds (`torch.FloatTensor` of shape `(batch, compressed_length, hidden_size)`):
             Their embeddings, with the kept visual tokens in their slots.
         attention_mask (`torch.LongTensor` of shape `(batch, compressed_length)`):
-            The caller's mask at `columns`, 0 at slack. Never `None`: positions with gaps and no mask are read as
-            packed sequences.
+            The caller's mask, 0 at slack. Never `None`: positions with gaps and no mask are read as packed sequences.
         position_ids (`torch.LongTensor` of shape `(..., batch, compressed_length)`):
             Positions.
-        columns (`torch.LongTensor` of shape `(batch, compressed_length)`):
-            The caller's column of each column, -1 for slack.
-        is_visual (`torch.BoolTensor` of shape `(batch, compressed_length)`):
-            The visual slots.
-        features (`torch.FloatTensor` of shape `(sum(kept), hidden_size)`):
-            The kept visual tokens after Refine, in the order of the batch.
     """
 
-    input_ids: torch.LongTensor
+    layout: PromptLayout
+    input_ids: torch.Tensor
     inputs_embeds: torch.Tensor
-    attention_mask: torch.LongTensor
-    position_ids: torch.LongTensor
-    columns: torch.LongTensor
-    is_visual: torch.BoolTensor
-    features: torch.Tensor
-
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """
-        `values` `(..., batch, length)` of the caller's columns at those of the compressed prompt (slack: column 0).
-        """
-        columns = self.columns.clamp(min=0)
-        return values.gather(-1, columns.expand(*values.shape[:-1], -1))
-
-    def compress_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
-        """
-        The labels `(batch, compressed_length)`: -100 at visual slots and slack, and at the caller's first column,
-        which no position predicts and which slack must not.
-        """
-        return self.gather(labels).masked_fill((self.columns <= 0) | self.is_visual, -100)
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
 
 
 def restore_logits(
-    logits: torch.Tensor, columns: torch.LongTensor, length: int, logits_to_keep: int | torch.Tensor
+    logits: torch.Tensor, columns: torch.Tensor, length: int, logits_to_keep: int | torch.Tensor
 ) -> torch.Tensor:
     """
     Logits at the caller's positions, zeros where a position was dropped.

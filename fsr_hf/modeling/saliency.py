@@ -1,14 +1,14 @@
 """Saliency (Eq. 1): rows and column means of a vision block's attention, recomputed from the block's input."""
 
 import torch
-from torch import nn
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 
 __all__ = ["cls_attention"]
 
 
 @torch.no_grad()
-def cls_attention(block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def cls_attention(block: CLIPEncoderLayer, hidden_states: torch.Tensor) -> torch.Tensor:
     """
     How much [CLS] looks at each patch in one block of a CLIP vision tower, averaged over heads (Eq. 1).
 
@@ -16,8 +16,8 @@ def cls_attention(block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor
     and its modules, so it is the same under every attention implementation and with adapted or quantised projections.
 
     Args:
-        block (`nn.Module`):
-            A `CLIPEncoderLayer`.
+        block (`CLIPEncoderLayer`):
+            A block of the tower.
         hidden_states (`torch.FloatTensor` of shape `(batch, 1 + num_patches, hidden_size)`):
             The input of the block, [CLS] first.
 
