@@ -1,0 +1,256 @@
+"""
+The model families, each as a tiny model with random weights: one `Family` for each.
+
+A family says how to build its model and one image or video of it, and tells the oracle what that item is: its pools of
+candidates with their scores, and its newlines. Everything else in the common suite follows from that.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from oracle import Layout, Pool, clip_scores
+from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
+
+from fsr_hf.configuration.configuration_fsr_llava import FSRLlavaConfig
+from fsr_hf.modeling.modeling_fsr_llava import FSRLlavaForConditionalGeneration
+
+
+__all__ = ["FAMILIES", "Family", "Item", "initialize", "models"]
+
+# CLIP's text tower: ids below QUERY_BOS are words.
+QUERY_BOS, QUERY_EOS, QUERY_LENGTH = 98, 99, 77
+# The language model: PAD, BOS, EOS, then words up to FIRST_SPECIAL, then a family's own special tokens.
+PAD, BOS, EOS, FIRST_SPECIAL, VOCAB_SIZE = 0, 1, 2, 190, 200
+
+TEXT_CONFIG = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 2048,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+CLIP_VISION_CONFIG = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 84,
+    "patch_size": 14,
+    "projection_dim": 16,
+}
+CLIP_TEXT_CONFIG = {
+    "vocab_size": 100,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "projection_dim": 16,
+    "max_position_embeddings": QUERY_LENGTH,
+    "bos_token_id": QUERY_BOS,
+    "eos_token_id": QUERY_EOS,
+}
+
+
+def initialize(model, seed: int = 0, std: float = 0.2):
+    """Random weights with more spread than the usual ones, so that attention is not flat and greedy tokens vary."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.normal_(mean, std if parameter.ndim > 1 else std / 2, generator=generator)
+    # No EOS: how long an answer is does not depend on chance. A test that wants one names it.
+    model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS)
+    return model.eval()
+
+
+@dataclass
+class Item:
+    """
+    One image or video.
+
+    Args:
+        modality (`str`): `"image"` or `"video"`.
+        token_ids (`list[int]`): What stands for it in a prompt: one run of placeholders, and what belongs around it.
+        inputs (`dict[str, torch.Tensor]`): Its share of the model's inputs; `Family.collate` joins them.
+        length (`int`): Placeholders in the run.
+    """
+
+    modality: str
+    token_ids: list[int]
+    inputs: dict[str, torch.Tensor]
+    length: int
+
+
+def _concatenate(items: list[Item]) -> dict[str, torch.Tensor]:
+    names = dict.fromkeys(name for item in items for name in item.inputs)
+    return {name: torch.cat([item.inputs[name] for item in items if name in item.inputs]) for name in names}
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    Args:
+        name (`str`): For test ids.
+        model_class, config (`type`, `dict`): The class under test, and the arguments of its tiny config but `fsr_config`.
+        reference_class, reference_config_class (`type`): The stock classes. The oracle decodes with them.
+        make_item (`Callable`): `(kind, generator)` to [`Item`].
+        layout (`Callable`): `(reference model, item, clip, query)` to [`~oracle.Layout`], for the oracle. `clip` is a
+            `CLIPModel` with the weights of tower and text encoder or `None`; `query` is `(chunks, 77)` ids or `None`.
+        placeholder_ids (`tuple[int, ...]`): Ids that pixels fill.
+        is_stock (`bool`): Whether the unpruned model is the reference model itself.
+        kinds (`tuple[str, ...]`): What `make_item` can make; the first is the usual one.
+        fsr_config (`dict`): The budget of the tiny model, well below the candidates of any item, and its text encoder.
+        collate (`Callable`): Items of a batch, in order, to the model's inputs.
+        more_inputs (`Callable`): `input_ids` to more inputs of the model, such as token types.
+        positions (`Callable`, *optional*): `(reference model, inputs)` to positions `(..., batch, length)` of the full
+            prompt, if kept tokens keep them; `None` if the prompt closes up.
+        supports_guidance (`bool`): Whether `guidance_scale` works.
+    """
+
+    name: str
+    model_class: type
+    config: dict[str, Any]
+    reference_class: type
+    reference_config_class: type
+    make_item: Callable[[str, torch.Generator], Item]
+    layout: Callable[..., Layout]
+    placeholder_ids: tuple[int, ...]
+    is_stock: bool = True
+    kinds: tuple[str, ...] = ("image",)
+    fsr_config: dict[str, Any] = field(default_factory=dict)
+    collate: Callable[[list[Item]], dict[str, torch.Tensor]] = _concatenate
+    more_inputs: Callable[[torch.Tensor], dict[str, torch.Tensor]] = lambda input_ids: {}
+    positions: Callable[..., torch.Tensor] | None = None
+    supports_guidance: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def has_text_encoder(self) -> bool:
+        return "text_encoder_config" in self.fsr_config
+
+    def build_config(self, fsr_config: dict[str, Any] | None = None, **kwargs: Any) -> PreTrainedConfig:
+        """The tiny config; `fsr_config` overrides fields of the tiny one."""
+        fields = {**self.fsr_config, **(fsr_config or {})}
+        if fsr_config and fsr_config.get("retention_ratio") is not None:
+            fields.pop("num_visual_tokens", None)
+        return self.model_class.config_class(**{**self.config, **kwargs}, fsr_config=fields)
+
+    def build(self, seed: int = 0, fsr_config: dict[str, Any] | None = None, **kwargs: Any):
+        """The tiny model under test; `kwargs` go to its config."""
+        return initialize(self.model_class(self.build_config(fsr_config, **kwargs)), seed)
+
+    def build_reference(self, model, **kwargs: Any):
+        """The stock model with the weights of `model`, under eager attention, whose maps the oracle reads."""
+        config = self.reference_config_class(**{**self.config, **kwargs})
+        reference = self.reference_class._from_config(config, attn_implementation="eager", dtype=model.dtype)
+        weights = {name: value for name, value in model.state_dict().items() if not name.startswith("text_encoder.")}
+        reference.load_state_dict(weights)
+        reference.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS)
+        return reference.eval()
+
+    def item(self, kind: str | None = None, seed: int = 0) -> Item:
+        return self.make_item(kind or self.kinds[0], torch.Generator().manual_seed(seed))
+
+    def rows(self, seed: int = 0) -> list[list[int | Item]]:
+        """A batch to prune: rows of different lengths with one item, two items, none, and one of each further kind."""
+        first, second = self.kinds[0], self.kinds[1 % len(self.kinds)]
+        rows: list[list[int | Item]] = [
+            [BOS, 5, 6, self.item(first, seed), 7, 10, 11, 12],
+            [BOS, self.item(second, seed + 1), 7, 8, self.item(first, seed + 2), 13, 14, 15, 16, 17],
+            [BOS, 20, 21, 22, 23, 24, 25],
+        ]
+        return rows + [[BOS, 30 + k, self.item(kind, seed + 3 + k), 31, 32] for k, kind in enumerate(self.kinds[2:])]
+
+    def inputs(self, rows: Sequence[Sequence[int | Item]], padding_side: str = "left", query: bool = True):
+        """
+        The model's inputs for rows of ids and items. A row's question depends on its ids alone, so that the row alone has
+        the same.
+        """
+        all_ids = [
+            [token for part in row for token in (part.token_ids if isinstance(part, Item) else [part])] for row in rows
+        ]
+        length = max(map(len, all_ids))
+        pads = [(length - len(ids), 0) if padding_side == "left" else (0, length - len(ids)) for ids in all_ids]
+        input_ids = torch.tensor([[PAD] * left + ids + [PAD] * right for ids, (left, right) in zip(all_ids, pads)])
+        mask = torch.tensor([[0] * left + [1] * len(ids) + [0] * right for ids, (left, right) in zip(all_ids, pads)])
+        inputs = {"input_ids": input_ids, "attention_mask": mask, **self.more_inputs(input_ids)}
+        items = [part for row in rows for part in row if isinstance(part, Item)]
+        if items:
+            inputs |= self.collate(items)
+        if query and self.has_text_encoder:
+            inputs |= self.query([sum(ids) % 50 for ids in all_ids])
+        return inputs
+
+    def query(self, words: Sequence[int], chunks: int = 2) -> dict[str, torch.Tensor]:
+        """
+        A question for each row, in `chunks` chunks of CLIP's length. Row `k` uses `1 + k % chunks` of them, and stands on
+        the left or the right: where the empty ones are has no meaning.
+        """
+        input_ids = torch.full((len(words), chunks, QUERY_LENGTH), QUERY_EOS)
+        input_ids[..., 0] = QUERY_BOS
+        mask = torch.zeros_like(input_ids)
+        for row, word in enumerate(words):
+            for chunk in range(1 + word % chunks):
+                chunk = -1 - chunk if word % 3 else chunk
+                length = 2 + (word + 5 * chunk) % 9
+                input_ids[row, chunk, 1 : 1 + length] = (torch.arange(length) * 7 + word * 13 + chunk * 3) % QUERY_BOS
+                mask[row, chunk, : length + 2] = 1
+        return {"query_input_ids": input_ids.flatten(1), "query_attention_mask": mask.flatten(1)}
+
+
+# --- LLaVA-1.5 ---
+
+IMAGE_TOKEN = 199
+
+
+def _llava_item(kind: str, generator: torch.Generator) -> Item:
+    pixels = torch.randn(1, 3, 84, 84, generator=generator)
+    return Item("image", [IMAGE_TOKEN] * 36, {"pixel_values": pixels}, 36)
+
+
+def _llava_layout(reference, item: Item, clip, query) -> Layout:
+    pixels = item.inputs["pixel_values"]
+    saliency, relevance = clip_scores(reference.model.vision_tower, clip, pixels, query, block=-2)
+    run = torch.cat(list(reference.get_image_features(pixels).pooler_output))
+    pool = Pool(run, saliency[0], None if relevance is None else relevance[0], list(range(36)))
+    return Layout(run, [pool])
+
+
+LLAVA = Family(
+    name="llava",
+    model_class=FSRLlavaForConditionalGeneration,
+    config={
+        "vision_config": CLIP_VISION_CONFIG,
+        "text_config": {"model_type": "llama", **TEXT_CONFIG},
+        "image_token_index": IMAGE_TOKEN,
+        "image_seq_length": 36,
+    },
+    reference_class=LlavaForConditionalGeneration,
+    reference_config_class=LlavaConfig,
+    make_item=_llava_item,
+    layout=_llava_layout,
+    placeholder_ids=(IMAGE_TOKEN,),
+    fsr_config={"num_visual_tokens": 9, "rho": 0.5, "text_encoder_config": CLIP_TEXT_CONFIG},
+)
+
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAVA,)}
+
+
+@functools.cache
+def models(name: str):
+    """The tiny model of a family and its reference, built once. A test that changes one puts it back."""
+    family = FAMILIES[name]
+    model = family.build()
+    return model, family.build_reference(model)

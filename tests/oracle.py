@@ -1,0 +1,261 @@
+"""
+What FSR must do, computed in another way: scores from the stock towers' own attention maps, selection by a loop over the
+equations, embeddings and positions put together by hand, row by row, and decoding with the stock class step by step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+from modeling.test_fsr import reference as select
+from transformers import CLIPConfig, CLIPModel
+
+
+__all__ = ["Layout", "Oracle", "Pool", "Prompt", "Selection", "build_clip", "clip_scores", "split_budget"]
+
+
+@dataclass
+class Pool:
+    """
+    Candidates that compete with each other.
+
+    Args:
+        features (`torch.Tensor` of shape `(tokens, hidden_size)`): As the language model would receive them.
+        saliency (`torch.Tensor` of shape `(tokens,)`): Eq. 1.
+        relevance (`torch.Tensor` of shape `(tokens,)`, *optional*): Eq. 2, the plain cosine.
+        numbers (`list[int]`): Place of each candidate in the run of placeholders.
+    """
+
+    features: torch.Tensor
+    saliency: torch.Tensor
+    relevance: torch.Tensor | None
+    numbers: list[int]
+
+
+@dataclass
+class Layout:
+    """
+    One image or video as the prompt holds it.
+
+    Args:
+        run (`torch.Tensor` of shape `(placeholders, hidden_size)`): What the stock model puts into the placeholders.
+        pools (`list[Pool]`): Its candidates.
+        newlines (`dict[int, list[int]]`): For each newline, its place in the run: the places of the tokens of its row.
+    """
+
+    run: torch.Tensor
+    pools: list[Pool]
+    newlines: dict[int, list[int]] = field(default_factory=dict)
+
+
+# --- Scores ---
+
+
+def build_clip(model) -> CLIPModel | None:
+    """The `CLIPModel` whose halves are the vision tower and the text encoder of an FSR model."""
+    if model.text_encoder is None:
+        return None
+    text, vision = model.config.fsr_config.text_encoder_config, model.config.vision_config
+    config = CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=text.projection_dim
+    )
+    clip = CLIPModel(config)
+    clip.vision_model.load_state_dict(model.model.vision_tower.state_dict())
+    clip.text_model.load_state_dict(model.text_encoder.text_model.state_dict())
+    clip.text_projection.load_state_dict(model.text_encoder.text_projection.state_dict())
+    clip.visual_projection.load_state_dict(model.text_encoder.visual_projection.state_dict())
+    return clip.eval()
+
+
+@torch.no_grad()
+def clip_scores(tower, clip, pixel_values, query, block: int):
+    """
+    Saliency and cosine `(views, patches)` of a CLIP tower under eager attention; `block` counts attention maps, and the
+    joint space is reached from the penultimate layer. `query`: `(chunks, 77)` ids, or `None` for no cosine.
+    """
+    outputs = tower(pixel_values, output_attentions=True, output_hidden_states=True)
+    saliency = outputs.attentions[block].mean(1)[:, 0, 1:]
+    if clip is None or query is None:
+        return saliency, None
+    patches = outputs.hidden_states[-2][:, 1:]
+    image = clip.visual_projection(clip.vision_model.post_layernorm(patches))
+    relevance = torch.zeros_like(saliency)
+    for chunk in query:
+        text = clip.get_text_features(chunk[None], attention_mask=torch.ones_like(chunk)[None]).pooler_output[0]
+        relevance += torch.cosine_similarity(image, text, dim=-1)
+    return saliency, relevance / len(query)
+
+
+# --- Selection ---
+
+
+@dataclass
+class Selection:
+    """One item after Focus, Scan and Refine; every number is a place in its run of placeholders."""
+
+    kept: list[int]
+    focus: set[int]
+    priority: dict[int, float]
+    merged_into: dict[int, int]
+    features: dict[int, torch.Tensor]
+
+
+def split_budget(budget: int, sizes: list[int]) -> list[int]:
+    """The budget over pools in proportion to their sizes, by largest remainder, ties to the lower pool."""
+    exact = [Fraction(budget * size, sum(sizes)) for size in sizes]
+    shares = [int(share) for share in exact]
+    while sum(shares) < budget:
+        rests = [share - done for share, done in zip(exact, shares)]
+        shares[rests.index(max(rests))] += 1
+    return shares
+
+
+def select_item(layout: Layout, fsr) -> Selection | None:
+    """The selection of one item under the settings `fsr`; `None` if it is within its budget."""
+    total = sum(len(pool.numbers) for pool in layout.pools)
+    if fsr.retention_ratio is not None:
+        budget = max(1, round(fsr.retention_ratio * total))
+    else:
+        budget = fsr.num_visual_tokens
+    if total <= budget:
+        return None
+    result = Selection([], set(), {}, {}, {})
+    for pool, share in zip(layout.pools, split_budget(budget, [len(pool.numbers) for pool in layout.pools])):
+        relevance = pool.relevance
+        if relevance is not None and fsr.invert_relevance:
+            relevance = -relevance
+        kept, focus, priority, merged_into, refined, _ = select(
+            pool.features.double().tolist(),
+            pool.saliency.double().tolist(),
+            None if relevance is None else relevance.double().tolist(),
+            share,
+            alpha=fsr.alpha,
+            beta=fsr.beta,
+            rho=fsr.rho,
+            kappa=fsr.kappa,
+            focus_mass=fsr.focus_mass,
+        )
+        numbers = pool.numbers
+        result.kept += [numbers[i] for i in kept]
+        result.focus |= {numbers[i] for i in focus}
+        result.priority |= {numbers[i]: value for i, value in enumerate(priority)}
+        result.merged_into |= {numbers[i]: numbers[j] for i, j in merged_into.items()}
+        result.features |= {numbers[i]: torch.tensor(refined[i]).to(pool.features) for i in kept}
+    result.kept.sort()
+    return result
+
+
+# --- Prompt and decoding ---
+
+
+@dataclass
+class Prompt:
+    """
+    One row, compressed, without padding.
+
+    Args:
+        embeds (`torch.Tensor` of shape `(compressed_length, hidden_size)`): What the language model reads.
+        positions (`torch.Tensor` of shape `(..., 1, compressed_length)`): Its positions.
+        columns (`list[int]`): Column of each in the full row.
+        visual (`list[bool]`): Which of them are visual.
+        ids (`list[int]`): The full row.
+        selections (`list[Selection | None]`): One for each item.
+    """
+
+    embeds: torch.Tensor
+    positions: torch.Tensor
+    columns: list[int]
+    visual: list[bool]
+    ids: list[int]
+    selections: list[Selection | None]
+
+
+class Oracle:
+    """
+    The right answers for a family's model.
+
+    Args:
+        family ([`~families.Family`]): How its items are built and laid out.
+        model: The model under test, of which only weights and config are used.
+        reference: The stock model with the same weights.
+    """
+
+    def __init__(self, family, model, reference):
+        self.family = family
+        self.config = model.config
+        self.reference = reference
+        self.clip = build_clip(model) if family.has_text_encoder else None
+
+    @torch.no_grad()
+    def compress(self, row, query: bool = True, grad: bool = False, **settings) -> Prompt:
+        """The row of ids and items under the model's config with `settings`; `query=False`: no question."""
+        with torch.set_grad_enabled(grad):
+            fsr = self.config.fsr_config.override(**settings)
+            inputs = self.family.inputs([row])
+            chunks = None
+            if query and self.clip is not None:
+                chunks = inputs["query_input_ids"].unflatten(1, (-1, 77))[0]
+                chunks = chunks[inputs["query_attention_mask"].unflatten(1, (-1, 77))[0].any(-1)]
+            embed = self.reference.get_input_embeddings()
+            embeds, columns, visual, selections, ids = [], [], [], [], []
+            for part in row:
+                if isinstance(part, int):
+                    embeds.append(embed(torch.tensor([part])))
+                    columns.append(len(ids))
+                    visual.append(False)
+                    ids.append(part)
+                    continue
+                layout = self.family.layout(self.reference, part, self.clip, chunks)
+                selection = select_item(layout, fsr) if fsr.enabled else None
+                selections.append(selection)
+                if selection is None:
+                    tokens = dict(enumerate(layout.run))
+                else:
+                    tokens = dict(selection.features)
+                    if fsr.newline == "keep":
+                        rows = layout.newlines.items()
+                        tokens |= {line: layout.run[line] for line, members in rows if {*members} & {*tokens}}
+                placeholders = [i for i, token in enumerate(part.token_ids) if token in self.family.placeholder_ids]
+                assert len(placeholders) == part.length == len(layout.run)
+                for i, token in enumerate(part.token_ids):
+                    if i not in placeholders:
+                        embeds.append(embed(torch.tensor([token])))
+                    elif placeholders.index(i) in tokens:
+                        embeds.append(tokens[placeholders.index(i)][None])
+                    else:
+                        continue
+                    columns.append(len(ids) + i)
+                    visual.append(i in placeholders)
+                ids += part.token_ids
+            if self.family.positions is not None and fsr.positions == "original":
+                positions = self.family.positions(self.reference, inputs)[..., columns]
+            else:
+                positions = torch.arange(len(columns))[None]
+            return Prompt(torch.cat(embeds), positions, columns, visual, ids, selections)
+
+    @torch.no_grad()
+    def logits(self, prompt: Prompt, new_ids: list[int] = ()) -> torch.Tensor:
+        """Logits `(compressed_length + new, vocab_size)` of the stock model, which reads everything anew."""
+        embeds, positions = prompt.embeds, prompt.positions
+        if new_ids:
+            embeds = torch.cat([embeds, self.reference.get_input_embeddings()(torch.tensor(new_ids))])
+            steps = torch.arange(1, len(new_ids) + 1).expand(*positions.shape[:-1], -1)
+            positions = torch.cat([positions, positions[..., -1:] + steps], dim=-1)
+        return self.reference(
+            inputs_embeds=embeds[None],
+            attention_mask=torch.ones(1, len(embeds), dtype=torch.long),
+            position_ids=positions,
+            use_cache=False,
+        ).logits[0]
+
+    def decode(self, prompt: Prompt, num_new: int, choose: Callable | None = None):
+        """
+        `num_new` tokens one by one, and the logits `(num_new, vocab_size)` that they came from. `choose` takes the full
+        row with the new ids so far, and the logits; by default the largest.
+        """
+        new_ids, logits = [], []
+        for _ in range(num_new):
+            logits.append(self.logits(prompt, new_ids)[-1])
+            new_ids.append(int(choose([*prompt.ids, *new_ids], logits[-1]) if choose else logits[-1].argmax()))
+        return new_ids, torch.stack(logits)
