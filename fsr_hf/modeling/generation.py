@@ -93,7 +93,9 @@ class FSRGenerationMixin(GenerationMixin):
             return None, None
 
         question = self._check_query(query, fsr, len(input_ids))
-        embeddings = None if question is None else self.text_encoder.encode_query(*question)
+        embeddings = None
+        if question is not None:
+            embeddings = self.text_encoder.encode_query(*(tensor.to(input_ids.device) for tensor in question))
         pools = self.encode_visuals(items, embeddings, **visual)
         indices, features, kept, selections = select_from_pools(
             pools, items, budgets, is_pruned, fsr, return_selections
