@@ -33,6 +33,9 @@ class VisualPools:
             For each item, the rows of the stock `get_image_features().pooler_output`: `(placeholders, hidden_size)`.
         grid (`list[torch.Tensor]`):
             For each item, view or frame, row and column of every placeholder: `(placeholders, 3)`.
+        newlines (`list[torch.Tensor]`, *optional*):
+            For each item, the position in its run of the newline that ends the row of every placeholder, -1 for none:
+            `(placeholders,)`, on the CPU. `None` for a family without newlines.
     """
 
     features: torch.Tensor
@@ -43,6 +46,7 @@ class VisualPools:
     numbers: torch.Tensor | None
     runs: list[torch.Tensor]
     grid: list[torch.Tensor]
+    newlines: list[torch.Tensor] | None = None
 
 
 def split_budget(budget: int, sizes: list[int]) -> list[int]:
@@ -75,6 +79,8 @@ def select_from_pools(
     members = [[pool for pool, owner in enumerate(pools.items) if owner == item] for item in range(len(items))]
     pool_budgets = [0] * num_pools
     for item, budget in enumerate(budgets):
+        if not is_pruned[item] and not return_selections:
+            continue  # its run stays whole; selecting all of it would take the most steps of all
         sizes = [pools.sizes[pool] for pool in members[item]]
         for pool, share in zip(members[item], split_budget(budget, sizes)):
             pool_budgets[pool] = share
@@ -105,6 +111,8 @@ def select_from_pools(
         indices, features = kept_numbers.flatten(), selection.features.flatten(0, 1)
     else:
         indices, features, kept = _join_pools(pools, selection, kept_numbers, pool_budgets, is_pruned)
+    if pools.newlines is not None and fsr.newline == "keep":
+        indices, features, kept = _add_newlines(pools, indices, features, kept)
     selections = None
     if return_selections:
         selections = [
@@ -137,6 +145,27 @@ def _join_pools(pools, selection, kept_numbers, pool_budgets, is_pruned):
     indices, features, owners = (torch.cat(parts) for parts in (indices, features, owners))
     order = (owners * max(len(run) for run in pools.runs) + indices).argsort()
     return indices[order], features[order], kept
+
+
+def _add_newlines(pools, indices, features, kept):
+    """
+    The kept tokens, and the newline of every row that holds one. How many rows do depends on the scores, so the host
+    waits for the device once.
+    """
+    lengths = [len(run) for run in pools.runs]
+    total = sum(lengths)
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    ends = torch.cat([line.where(line < 0, line + start) for line, start in zip(pools.newlines, starts)])
+    ends = ends.where(ends >= 0, total).to(indices.device, non_blocking=True)  # `total` stands for none
+    places = indices + starts.repeat_interleave(torch.tensor(kept)).to(indices.device, non_blocking=True)
+
+    runs = torch.cat(pools.runs).to(features).index_copy(0, places, features)
+    is_kept = torch.zeros(total + 1, dtype=torch.bool, device=indices.device)
+    is_kept = is_kept.index_fill(0, places, True).index_fill(0, ends[places], True)[:total].cpu()
+    rows = [chosen.nonzero()[:, 0] for chosen in is_kept.split(lengths)]
+    indices = torch.cat(rows).to(indices.device, non_blocking=True)
+    features = runs[is_kept.nonzero()[:, 0].to(runs.device, non_blocking=True)]
+    return indices, features, [len(row) for row in rows]
 
 
 def _item_selection(pools, selection, kept_numbers, numbers, pool_budgets, members, number, item) -> VisualSelection:
