@@ -11,19 +11,25 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from .configuration.configuration_fsr import FSRConfig
 from .configuration.configuration_fsr_llava import FSRLlavaConfig
+from .configuration.configuration_fsr_llava_next import FSRLlavaNextConfig
 from .configuration.remote_code import RemoteCodeMixin
 from .hub.export import export
 from .hub.families import FAMILIES
 from .hub.flatten import write_remote_code
 from .modeling.fsr import VisualSelection, select_visual_tokens
 from .modeling.modeling_fsr_llava import FSRLlavaForConditionalGeneration
+from .modeling.modeling_fsr_llava_next import FSRLlavaNextForConditionalGeneration
 from .processing.processing_fsr_llava import FSRLlavaProcessor
+from .processing.processing_fsr_llava_next import FSRLlavaNextProcessor
 
 
 __all__ = [
     "FSRConfig",
     "FSRLlavaConfig",
     "FSRLlavaForConditionalGeneration",
+    "FSRLlavaNextConfig",
+    "FSRLlavaNextForConditionalGeneration",
+    "FSRLlavaNextProcessor",
     "FSRLlavaProcessor",
     "VisualSelection",
     "__version__",

@@ -5,8 +5,11 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..configuration.configuration_fsr_llava import FSRLlavaConfig
+from ..configuration.configuration_fsr_llava_next import FSRLlavaNextConfig
 from ..modeling.modeling_fsr_llava import FSRLlavaForConditionalGeneration
+from ..modeling.modeling_fsr_llava_next import FSRLlavaNextForConditionalGeneration
 from ..processing.processing_fsr_llava import FSRLlavaProcessor
+from ..processing.processing_fsr_llava_next import FSRLlavaNextProcessor
 
 
 __all__ = ["FAMILIES", "Family"]
@@ -40,4 +43,7 @@ class Family(NamedTuple):
         }
 
 
-FAMILIES = (Family("llava", FSRLlavaConfig, FSRLlavaForConditionalGeneration, FSRLlavaProcessor),)
+FAMILIES = (
+    Family("llava", FSRLlavaConfig, FSRLlavaForConditionalGeneration, FSRLlavaProcessor),
+    Family("llava_next", FSRLlavaNextConfig, FSRLlavaNextForConditionalGeneration, FSRLlavaNextProcessor),
+)

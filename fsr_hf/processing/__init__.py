@@ -1,6 +1,7 @@
 """Processors: what turns a conversation and its images into the inputs of a model."""
 
 from .processing_fsr_llava import FSRLlavaProcessor
+from .processing_fsr_llava_next import FSRLlavaNextProcessor
 
 
-__all__ = ["FSRLlavaProcessor"]
+__all__ = ["FSRLlavaNextProcessor", "FSRLlavaProcessor"]

@@ -1,0 +1,273 @@
+"""LLaVA-NeXT with FSR."""
+
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlavaNextForConditionalGeneration
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from ..configuration.configuration_fsr_llava_next import FSRLlavaNextConfig
+from ..configuration.remote_code import RemoteCodeMixin
+from .clip_tower import CLIPTowerMixin, check_clip_tower
+from .pools import VisualPools
+from .prompt import VisualItem, find_visual_items
+
+
+__all__ = ["FSRLlavaNextForConditionalGeneration"]
+
+
+class FSRLlavaNextForConditionalGeneration(RemoteCodeMixin, CLIPTowerMixin, LlavaNextForConditionalGeneration):
+    """
+    [`LlavaNextForConditionalGeneration`] that keeps the visual tokens of each image that matter for the question
+    (Focus-Scan-Refine, [arXiv 2602.05809](https://arxiv.org/abs/2602.05809)).
+
+    An image is a base view and tiles, whose padding the stock class cuts off before it ends every row of them with a
+    newline. By default each view is a pool of its own, with a share of the budget in proportion to the tokens that are
+    left of it (`fsr_config.pool="item"`: one pool for the image), and newlines are dropped
+    (`fsr_config.newline="keep"`: one stays for every row that still holds a token, on top of the budget). An image
+    that is within its budget stays as it is, newlines included.
+
+    The setting of the published results, 2880 tokens down to 960, 640 or 320 with an equal budget for each of five
+    views, needs `image_grid_pinpoints=[[672, 672]]` in the config and in the image processor, and pictures that were
+    padded to a square.
+
+    Args:
+        config (`FSRLlavaNextConfig`):
+            With `fsr_config.text_encoder_config`, the model has the CLIP text tower as `text_encoder` and ranks tokens
+            by saliency and relevance; without, by saliency alone.
+    """
+
+    config_class = FSRLlavaNextConfig
+    config: FSRLlavaNextConfig
+    visual_inputs = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+
+    def find_items(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+    ) -> list[VisualItem]:
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        check_clip_tower(self.config, layer, vision_feature_select_strategy or "default")
+        sizes = _list_sizes(image_sizes)
+        _check_views(pixel_values, self._num_views(sizes))
+        return find_visual_items(input_ids, self.config.image_token_id, [len(run) for run in self._pack(sizes)])
+
+    def num_candidates(self, items: list[VisualItem], image_sizes: torch.Tensor, **visual) -> list[int]:
+        return [int((run >= 0).sum()) for run in self._pack(_list_sizes(image_sizes))]
+
+    def encode_visuals(
+        self,
+        items: list[VisualItem],
+        query: torch.Tensor | None,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+    ) -> VisualPools:
+        sizes = _list_sizes(image_sizes)
+        num_views = self._num_views(sizes)
+        rows = [item.row for item, number in zip(items, num_views) for _ in range(number)]
+        outputs, saliency, relevance = self.run_clip_tower(
+            pixel_values, rows, query, vision_feature_layer, vision_feature_select_strategy, image_sizes=sizes
+        )
+
+        fsr: Any = self.config.fsr_config
+        area = self._side**2
+        owners, numbers, places, patches = [], [], [], []  # for each pool
+        first_place = first_patch = 0
+        runs = self._pack(sizes)
+        for item, run in enumerate(runs):
+            views = run // area if fsr.pool == "view" else run.clamp(max=0)  # -1 for a newline
+            for view in views.unique().tolist():  # ascending, without those that unpadding emptied
+                if view >= 0:
+                    numbers.append((views == view).nonzero()[:, 0])
+                    places.append(numbers[-1] + first_place)
+                    patches.append(run[numbers[-1]] + first_patch)
+                    owners.append(item)
+            first_place += len(run)
+            first_patch += num_views[item] * area
+
+        features = torch.cat(outputs.pooler_output)  # [placeholders of all images, D]
+        device = features.device
+        number, place, patch = (
+            pad_sequence(parts, batch_first=True).to(device, non_blocking=True) for parts in (numbers, places, patches)
+        )
+        return VisualPools(
+            features=features[place],
+            saliency=saliency.to(device).flatten()[patch],
+            relevance=None if relevance is None else relevance.to(device).flatten()[patch],
+            items=owners,
+            sizes=[len(pool) for pool in numbers],
+            numbers=number,
+            runs=outputs.pooler_output,
+            grid=[self._grid(run) for run in runs],
+            newlines=[self._newlines(run) for run in runs],
+        )
+
+    def _pop_visual(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        visual = super()._pop_visual(kwargs)
+        # Only the host reads the sizes: one copy here in place of one for every image and use.
+        if visual is not None and isinstance(visual.get("image_sizes"), torch.Tensor):
+            visual["image_sizes"] = visual["image_sizes"].cpu()
+        return visual
+
+    @property
+    def _side(self) -> int:
+        """Patches on a side of a view."""
+        return self.config.vision_config.image_size // self.config.vision_config.patch_size
+
+    def _num_views(self, sizes: list[list[int]]) -> list[int]:
+        """Views of each image that the tower sees: the base view and the tiles."""
+        side = self.config.vision_config.image_size
+        return [image_size_to_num_patches(size, self.config.image_grid_pinpoints, side) for size in sizes]
+
+    def _pack(self, sizes: list[list[int]]) -> list[torch.Tensor]:
+        """
+        For each image, which patch fills each of its placeholders, `(placeholders,)`: its number over all views, -1
+        for a newline. The stock class packs the numbers as if they were features.
+        """
+        if not sizes:
+            return []
+        area = self._side**2
+        numbers = [torch.arange(views * area).view(views, area, 1) for views in self._num_views(sizes)]
+        runs, _ = self.pack_image_features(numbers, sizes, "default", image_newline=torch.tensor([-1]))
+        return [run[:, 0] for run in runs]
+
+    def _grid(self, run: torch.Tensor) -> torch.Tensor:
+        """View, row and column of each placeholder, `(placeholders, 3)`; -1 for a newline."""
+        grid = torch.stack([run // self._side**2, run // self._side % self._side, run % self._side], dim=-1)
+        return grid.masked_fill(run[:, None] < 0, -1)
+
+    def _newlines(self, run: torch.Tensor) -> torch.Tensor:
+        """The newline that ends the row of each placeholder, `(placeholders,)`; -1 in the base view, without any."""
+        ends = (run < 0).nonzero()[:, 0]
+        base = self._side**2
+        newlines = torch.full_like(run, -1)
+        newlines[base:] = ends[torch.searchsorted(ends, torch.arange(base, len(run)))]
+        return newlines
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        query_input_ids: torch.LongTensor | None = None,
+        query_attention_mask: torch.LongTensor | None = None,
+        num_visual_tokens: int | None = None,
+        retention_ratio: float | None = None,
+        fsr_enabled: bool | None = None,
+        **kwargs,
+    ):
+        r"""
+        As [`LlavaNextForConditionalGeneration.forward`]. With `pixel_values` the prompt is compressed first: the loss
+        is that of the compressed sequence, where labels on image placeholders never count; `logits` stand at the
+        caller's positions, zeros at dropped ones, and `logits_to_keep` means those; `hidden_states`, `attentions` and
+        `past_key_values` have the compressed length. `position_ids`, packed sequences and `inputs_embeds` cannot stand
+        beside `pixel_values`.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(images, max_views, channels, height, width)`):
+                Base view and tiles of each image, padded with views that nothing looks at; or all views in one
+                `(views, channels, height, width)`.
+            image_sizes (`torch.LongTensor` of shape `(images, 2)`):
+                Height and width of each image before preprocessing.
+            query_input_ids (`torch.LongTensor` of shape `(batch, chunks * 77)`, *optional*):
+                The question in ids of CLIP's tokenizer, made by [`FSRLlavaNextProcessor`].
+            query_attention_mask (`torch.LongTensor` of shape `(batch, chunks * 77)`, *optional*):
+                Its mask.
+            num_visual_tokens (`int`, *optional*):
+                Budget of each image for this call.
+            retention_ratio (`float`, *optional*):
+                The same as a share of its tokens.
+            fsr_enabled (`bool`, *optional*):
+                Whether to prune in this call.
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoModel, AutoProcessor
+
+        >>> model = AutoModel.from_pretrained("org/llava-v1.6-vicuna-7b-fsr", trust_remote_code=True)
+        >>> processor = AutoProcessor.from_pretrained("org/llava-v1.6-vicuna-7b-fsr", trust_remote_code=True)
+        >>> inputs = processor(images=image, text="USER: <image>\nWhat is this? ASSISTANT:", return_tensors="pt")
+        >>> out = model.generate(**inputs, max_new_tokens=64)
+        ```
+        """
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            query_input_ids=query_input_ids,
+            query_attention_mask=query_attention_mask,
+            num_visual_tokens=num_visual_tokens,
+            retention_ratio=retention_ratio,
+            fsr_enabled=fsr_enabled,
+            **kwargs,
+        )
+
+
+def _list_sizes(image_sizes) -> list[list[int]]:
+    """`image_sizes` as a list of `[height, width]`."""
+    if image_sizes is None:
+        raise ValueError(
+            "`pixel_values` need `image_sizes`, the height and width of each image before preprocessing: the tokens "
+            "of a picture depend on its shape. Pass all that the processor returns."
+        )
+    sizes = [list(size) if isinstance(size, (list, tuple)) else size.tolist() for size in image_sizes]
+    if not all(isinstance(size, list) and len(size) == 2 and min(size) >= 1 for size in sizes):
+        raise ValueError(f"`image_sizes` must hold the height and width of each image, but is {sizes}.")
+    return sizes
+
+
+def _check_views(pixel_values: torch.Tensor, num_views: list[int]) -> None:
+    """Whether there are pixels for all views of all images."""
+    shape = tuple(pixel_values.shape)
+    if len(shape) == 5:
+        fits, found = shape[0] == len(num_views), f"{shape[0]} images"
+        if fits and num_views:
+            fits, found = shape[1] >= max(num_views), f"{shape[1]} views for each image"
+    elif len(shape) == 4:
+        fits, found = shape[0] == sum(num_views), f"{shape[0]} views"
+    else:
+        raise ValueError(
+            "`pixel_values` must have the shape (images, views, channels, height, width) or (views, channels, height, "
+            f"width), but its shape is {shape}."
+        )
+    if not fits:
+        raise ValueError(
+            f"`pixel_values` of shape {shape} hold {found}, but `image_sizes` and `config.image_grid_pinpoints` tell "
+            f"of {len(num_views)} images of {num_views} views. The image processor needs the `image_grid_pinpoints` "
+            "of the config, and both inputs the same images."
+        )
+
+
+# transformers knows the layouts of stock classes alone: without this an old checkpoint leaves `lm_head` random.
+register_checkpoint_conversion_mapping(
+    "FSRLlavaNextForConditionalGeneration", get_checkpoint_conversion_mapping("llava_next"), overwrite=True
+)
