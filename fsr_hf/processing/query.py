@@ -112,12 +112,17 @@ def last_user_words(text: str, markers: TurnMarkers) -> str:
 
 
 def check_query_tokenizer(query_tokenizer: Any) -> CLIPTokenizer:
-    """Return CLIP's tokenizer, refuse any other: a folder without one silently gives the language model's."""
+    """Return CLIP's tokenizer, refuse any other, and the one without words that transformers makes of no files."""
     if not isinstance(query_tokenizer, CLIPTokenizer):
         raise ValueError(
             "`query_tokenizer` must be a `CLIPTokenizer`, the one of the model's text tower, and is a "
             f"`{type(query_tokenizer).__name__}`. A saved processor keeps it in the subfolder `query_tokenizer`: save "
             "it there if it is missing. For a model without a text tower, use the stock processor of its family."
+        )
+    if len(query_tokenizer) <= len(set(query_tokenizer.all_special_ids)):
+        raise ValueError(
+            "`query_tokenizer` must be a `CLIPTokenizer` with a vocabulary, and has special tokens alone: its files are "
+            "missing from the subfolder `query_tokenizer` of the processor."
         )
     return query_tokenizer
 
@@ -141,6 +146,18 @@ class QueryProcessorMixin:
     query_tokenizer: Any
     chat_template: str | dict[str, str] | None
     all_special_multimodal_tokens: list[str]
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(
+        cls, sub_processor_type: str, pretrained_model_name_or_path: Any, subfolder: str = "", **kwargs: Any
+    ) -> Any:
+        # The stock method asks the subfolder for a model's config, which fails offline, and falls back on the folder.
+        if sub_processor_type != "query_tokenizer":
+            return super()._load_tokenizer_from_pretrained(  # type: ignore[misc]
+                sub_processor_type, pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+            )
+        subfolder = f"{subfolder}/query_tokenizer" if subfolder else "query_tokenizer"
+        return CLIPTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def __call__(
         self,

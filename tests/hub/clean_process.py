@@ -31,7 +31,7 @@ def digest(model: torch.nn.Module) -> str:
     return total.hexdigest()
 
 
-def refusal(auto_class: type, folder: Path) -> str:
+def refusal(auto_class: type, folder: str) -> str:
     try:
         auto_class.from_pretrained(folder)
     except ValueError as error:
@@ -39,7 +39,7 @@ def refusal(auto_class: type, folder: Path) -> str:
     return "loaded"
 
 
-folder, output_dir = Path(sys.argv[1]), Path(sys.argv[2])
+folder, output_dir = sys.argv[1], Path(sys.argv[2])
 trust = {"trust_remote_code": True}
 report: dict = {
     "refusals": {cls.__name__: refusal(cls, folder) for cls in (AutoConfig, AutoModel, AutoModelForImageTextToText)}
@@ -72,7 +72,7 @@ report["inputs"] = sorted(inputs)
 with torch.no_grad():
     report["logits"] = model(**inputs).logits[0, -1].tolist()
 report["tokens"] = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist()
-pipe = pipeline("image-text-to-text", model=str(folder), **trust)
+pipe = pipeline("image-text-to-text", model=folder, **trust)
 messages = [{"role": "user", "content": content}]
 report["pipeline"] = pipe(messages, max_new_tokens=4, return_full_text=False)[0]["generated_text"]
 
