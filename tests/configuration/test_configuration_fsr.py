@@ -1,4 +1,4 @@
-"""`FSRConfig` and the family configs that hold it: allowed values, what overrides what, and that saving loses nothing."""
+"""`FSRConfig` and the family configs that hold it: allowed values, what overrides what, lossless saving."""
 
 import copy
 import json
