@@ -114,6 +114,7 @@ class Family:
         positions (`Callable`, *optional*): `(reference model, inputs)` to positions `(..., batch, length)` of the full
             prompt, if kept tokens keep them; `None` if the prompt closes up.
         supports_guidance (`bool`): Whether `guidance_scale` works.
+        tower, language_model (`str`): Where the vision tower and the language model are.
     """
 
     name: str
@@ -131,6 +132,8 @@ class Family:
     more_inputs: Callable[[torch.Tensor], dict[str, torch.Tensor]] = lambda input_ids: {}
     positions: Callable[..., torch.Tensor] | None = None
     supports_guidance: bool = True
+    tower: str = "model.vision_tower"
+    language_model: str = "model.language_model"
 
     def __str__(self) -> str:
         return self.name
@@ -150,10 +153,10 @@ class Family:
         """The tiny model under test; `kwargs` go to its config."""
         return initialize(self.model_class(self.build_config(fsr_config, **kwargs)), seed)
 
-    def build_reference(self, model, **kwargs: Any):
-        """The stock model with the weights of `model`, under eager attention, whose maps the oracle reads."""
+    def build_reference(self, model, attn_implementation: str = "eager", **kwargs: Any):
+        """The stock model with the weights of `model`; under eager attention, the oracle can read its maps."""
         config = self.reference_config_class(**{**self.config, **kwargs})
-        reference = self.reference_class._from_config(config, attn_implementation="eager", dtype=model.dtype)
+        reference = self.reference_class._from_config(config, attn_implementation=attn_implementation, dtype=model.dtype)
         weights = {name: value for name, value in model.state_dict().items() if not name.startswith("text_encoder.")}
         reference.load_state_dict(weights)
         reference.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS)

@@ -3,9 +3,10 @@ What FSR must do, computed in another way: scores from the stock towers' own att
 equations, embeddings and positions put together by hand, row by row, and decoding with the stock class step by step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import torch
 from modeling.test_fsr import reference as select
@@ -126,7 +127,7 @@ def select_item(layout: Layout, fsr) -> Selection | None:
         if relevance is not None and fsr.invert_relevance:
             relevance = -relevance
         kept, focus, priority, merged_into, refined, _ = select(
-            pool.features.double().tolist(),
+            pool.features.detach().double().tolist(),
             pool.saliency.double().tolist(),
             None if relevance is None else relevance.double().tolist(),
             share,
@@ -141,7 +142,14 @@ def select_item(layout: Layout, fsr) -> Selection | None:
         result.focus |= {numbers[i] for i in focus}
         result.priority |= {numbers[i]: value for i, value in enumerate(priority)}
         result.merged_into |= {numbers[i]: numbers[j] for i, j in merged_into.items()}
-        result.features |= {numbers[i]: torch.tensor(refined[i]).to(pool.features) for i in kept}
+        for i in kept:
+            members = [i, *(member for member, anchor in merged_into.items() if anchor == i)]
+            weights = torch.tensor([priority[member] for member in members])
+            feature = pool.features[i]
+            if len(members) > 1 and weights.sum() > 0:  # the mean that Eq. 9 comes to, for autograd
+                feature = (weights / weights.sum()).to(feature) @ pool.features[members]
+            torch.testing.assert_close(feature.double(), torch.tensor(refined[i]).double(), rtol=1e-4, atol=1e-5)
+            result.features[numbers[i]] = feature
     result.kept.sort()
     return result
 
@@ -187,9 +195,11 @@ class Oracle:
         self.reference = reference
         self.clip = build_clip(model) if family.has_text_encoder else None
 
-    @torch.no_grad()
-    def compress(self, row, query: bool = True, grad: bool = False, **settings) -> Prompt:
-        """The row of ids and items under the model's config with `settings`; `query=False`: no question."""
+    def compress(self, row, query: bool = True, grad: bool = False, **settings: Any) -> Prompt:
+        """
+        The row of ids and items under the model's config with `settings`; `query=False`: no question; `grad=True`: with
+        autograd through everything but the selection and the weights of Refine.
+        """
         with torch.set_grad_enabled(grad):
             fsr = self.config.fsr_config.override(**settings)
             inputs = self.family.inputs([row])
@@ -235,8 +245,12 @@ class Oracle:
             return Prompt(torch.cat(embeds), positions, columns, visual, ids, selections)
 
     @torch.no_grad()
-    def logits(self, prompt: Prompt, new_ids: list[int] = ()) -> torch.Tensor:
+    def logits(self, prompt: Prompt, new_ids: Sequence[int] = ()) -> torch.Tensor:
         """Logits `(compressed_length + new, vocab_size)` of the stock model, which reads everything anew."""
+        return self.run(prompt, new_ids).logits[0]
+
+    def run(self, prompt: Prompt, new_ids: Sequence[int] = (), **kwargs):
+        """The stock model on the prompt and `new_ids`, without cache and padding."""
         embeds, positions = prompt.embeds, prompt.positions
         if new_ids:
             embeds = torch.cat([embeds, self.reference.get_input_embeddings()(torch.tensor(new_ids))])
@@ -247,15 +261,32 @@ class Oracle:
             attention_mask=torch.ones(1, len(embeds), dtype=torch.long),
             position_ids=positions,
             use_cache=False,
-        ).logits[0]
+            **kwargs,
+        )
 
-    def decode(self, prompt: Prompt, num_new: int, choose: Callable | None = None):
+    def decode(self, prompts: list[Prompt], num_new: int, choose: Callable | None = None):
         """
-        `num_new` tokens one by one, and the logits `(num_new, vocab_size)` that they came from. `choose` takes the full
-        row with the new ids so far, and the logits; by default the largest.
+        `num_new` tokens for each row, one by one: ids `(rows, num_new)`, and the logits `(rows, num_new, vocab_size)` that
+        they came from. `choose` takes the full rows with the new ids so far and the logits `(rows, vocab_size)`, and
+        returns `(rows,)` ids; by default those of the largest logits.
         """
-        new_ids, logits = [], []
+        new_ids, steps = [[] for _ in prompts], []
         for _ in range(num_new):
-            logits.append(self.logits(prompt, new_ids)[-1])
-            new_ids.append(int(choose([*prompt.ids, *new_ids], logits[-1]) if choose else logits[-1].argmax()))
-        return new_ids, torch.stack(logits)
+            steps.append(torch.stack([self.logits(prompt, ids)[-1] for prompt, ids in zip(prompts, new_ids)]))
+            rows = [[*prompt.ids, *ids] for prompt, ids in zip(prompts, new_ids)]
+            chosen = choose(rows, steps[-1]) if choose else steps[-1].argmax(-1)
+            for ids, token in zip(new_ids, chosen):
+                ids.append(int(token))
+        return torch.tensor(new_ids), torch.stack(steps, dim=1)
+
+    def beam_search(self, prompt: Prompt, num_new: int, num_beams: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Beams by descending score, `(num_beams, num_new)`, and their mean log-probability; no token ends a beam."""
+        beams = [([], 0.0)]
+        for _ in range(num_new):
+            candidates = []
+            for ids, score in beams:
+                scores = self.logits(prompt, ids)[-1].log_softmax(-1)
+                best = scores.topk(num_beams)
+                candidates += [([*ids, int(i)], score + float(value)) for i, value in zip(best.indices, best.values)]
+            beams = sorted(candidates, key=lambda beam: -beam[1])[:num_beams]
+        return torch.tensor([ids for ids, _ in beams]), torch.tensor([score / num_new for _, score in beams])
