@@ -208,6 +208,12 @@ class FSRConfigMixin:
 
     # The family's defaults for the fields of FSRConfig that are None.
     fsr_defaults: ClassVar[dict[str, Any]] = {}
+    # What is no prediction to Trainer, so that it gathers logits alone, whether a batch was pruned or not.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "image_hidden_states",
+        "video_hidden_states",
+    ]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "fsr_config":

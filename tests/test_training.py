@@ -1,0 +1,497 @@
+"""Training with pruning on: gradients, checkpointing, mixed precision, Trainer, distributed data parallel."""
+
+import copy
+
+import pytest
+import torch
+from families import FAMILIES, models
+from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Trainer, TrainingArguments
+from transformers.loss.loss_utils import LOSS_MAPPING
+
+
+IGNORED = -100
+QUERY = ("query_input_ids", "query_attention_mask")
+
+
+@pytest.fixture(params=FAMILIES.values(), ids=str)
+def family(request):
+    return request.param
+
+
+# ---------------------------------------------------------------------- batches
+
+
+def batch_with_answers(family, answers=None, padding_side="right", rows=None):
+    """
+    The rows of the family, each followed by an answer, with labels on the answers alone. The question of a row is the
+    one that it has without its answer.
+    """
+    rows = family.rows() if rows is None else rows
+    answers = [[40 + row, 41, 42, 43][: 4 - row % 2] for row in range(len(rows))] if answers is None else answers
+    whole = [[*row, *answer] for row, answer in zip(rows, answers)]
+    batch = family.inputs(whole, padding_side)
+    questions = family.inputs(rows)
+    batch |= {name: questions[name] for name in QUERY if name in questions}
+    labels = torch.full_like(batch["input_ids"], IGNORED)
+    for row, answer in enumerate(answers):
+        end = int(batch["attention_mask"][row].nonzero().max()) + 1
+        labels[row, end - len(answer) : end] = torch.tensor(answer)
+    return batch | {"labels": labels}
+
+
+def without_text_encoder(names):
+    return {name for name in names if not name.startswith("text_encoder.")}
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def backward(model, batch):
+    """Loss and gradients of one step, from zero."""
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def assert_close(actual, expected, tolerance=1e-4):
+    """Equal gradients, up to rounding on the scale of the largest of them."""
+    assert actual.keys() == expected.keys()
+    scale = max(value.abs().max() for value in expected.values())
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=tolerance, atol=float(tolerance * scale), msg=name)
+
+
+# ---------------------------------------------------------------------- gradients
+
+
+def loaded(model, folder):
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder)
+
+
+@pytest.mark.parametrize("source", ["built", "loaded"])
+def test_loss_falls_and_the_text_tower_never_trains(family, source, tmp_path):
+    model = family.build()
+    if source == "loaded":
+        model = loaded(model, tmp_path)
+    model.requires_grad_(True)
+    model.train()
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name.startswith("text_encoder."))
+    assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("text_encoder."))
+    before = copy.deepcopy(model.state_dict())
+    batch = batch_with_answers(family)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
+    losses = []
+    for _ in range(8):
+        model.train()
+        loss, grads = backward(model, batch)
+        optimizer.step()
+        losses.append(float(loss))
+        assert without_text_encoder(grads) == grads.keys()
+    assert losses[-1] < 0.6 * losses[0]
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert without_text_encoder(changed) == changed
+    for part in ("language_model", "multi_modal_projector", "vision_tower"):
+        assert any(part in name for name in changed) == any(part in name for name in before)
+    if family.has_text_encoder:
+        assert not model.text_encoder.training
+        assert all(not module.training for module in model.text_encoder.modules())
+
+
+def test_the_text_tower_stays_frozen_whatever_is_asked(family, tmp_path):
+    if not family.has_text_encoder:
+        pytest.skip("no text encoder")
+    model = loaded(family.build(), tmp_path)
+    for act in (
+        lambda: None,
+        lambda: model.train(),
+        lambda: model.requires_grad_(True),
+        lambda: model.text_encoder.requires_grad_(True),
+        lambda: model.text_encoder.train(),
+        lambda: model.eval(),
+        lambda: model.float(),
+    ):
+        act()
+        assert not any(p.requires_grad for p in model.text_encoder.parameters())
+        assert not any(module.training for module in model.text_encoder.modules())
+    # Even where someone sets the flags one by one, nothing flows.
+    for parameter in model.parameters():
+        parameter.requires_grad = True
+    _, grads = backward(model, batch_with_answers(family))
+    assert grads and without_text_encoder(grads) == grads.keys()
+    model.train()
+    assert not any(p.requires_grad for p in model.text_encoder.parameters())
+
+
+def test_every_parameter_that_trains_in_the_stock_class_trains(family):
+    if not family.is_stock:
+        pytest.skip("no stock class")
+    model, reference = models(family.name)
+    batch = batch_with_answers(family)
+    _, grads = backward(model, batch)
+    _, expected = backward(reference, {name: value for name, value in batch.items() if name not in QUERY})
+    assert grads.keys() == expected.keys()
+    assert all(grad.abs().sum() > 0 for grad in grads.values())
+    model.zero_grad()
+    reference.zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # newer transformers have another name
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(family, use_reentrant):
+    model, batch = family.build().train(), batch_with_answers(family)
+    loss, expected = backward(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    calls = count_calls(model.get_decoder().layers[0].mlp)
+    checkpointed, grads = backward(model, batch)
+    assert len(calls) == 2  # once forward, once again on the way back
+    torch.testing.assert_close(checkpointed, loss)
+    assert_close(grads, expected)
+    model.gradient_checkpointing_disable()
+    plain, grads = backward(model, batch)
+    assert torch.equal(plain, loss)
+    assert_close(grads, expected, tolerance=0)
+
+
+def count_calls(module):
+    calls = []
+    module.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_autocast(family):
+    model = family.build().train()
+    batch = batch_with_answers(family)
+    loss, expected = backward(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(**batch)
+    assert mixed.logits.dtype == torch.bfloat16
+    model.zero_grad()
+    mixed.loss.backward()
+    grads = gradients(model)
+    assert grads.keys() == expected.keys()
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads.values())
+    torch.testing.assert_close(mixed.loss, loss, rtol=0.1, atol=0.1)
+    cosine = torch.cosine_similarity(
+        *(torch.cat([g[name].flatten() for name in expected]) for g in (grads, expected)), 0
+    )
+    assert cosine > 0.9
+
+
+# ---------------------------------------------------------------------- loss and logits
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_teacher_forcing_agrees_with_generate(family, padding_side):
+    """What greedy decoding answers is what the logits of one forward over prompt and answer have as their maximum."""
+    model, _ = models(family.name)
+    rows = family.rows()
+    inputs = family.inputs(rows)
+    out = model.generate(**inputs, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    answers = out.sequences[:, inputs["input_ids"].shape[1] :]
+    batch = batch_with_answers(family, answers.tolist(), padding_side)
+    with torch.no_grad():
+        outputs = model(**batch)
+
+    # The lines of TRL's SFTTrainer.
+    shift_logits = outputs.logits[..., :-1, :].contiguous()
+    shift_labels = batch["labels"][..., 1:].contiguous()
+    predictions = shift_logits.argmax(dim=-1)
+    mask = shift_labels != IGNORED
+    correct_predictions = (predictions == shift_labels) & mask
+    assert mask.sum() == answers.numel()
+    assert correct_predictions.sum() == mask.sum()
+
+    steps = torch.stack(out.logits, dim=1)  # [B, 5, V]
+    torch.testing.assert_close(shift_logits[mask].view_as(steps), steps, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs.loss, cross_entropy(steps.flatten(0, 1), answers.flatten()))
+
+    # A wrong label is seen to be one.
+    wrong = batch["labels"].clone()
+    wrong[0, int(wrong[0].ne(IGNORED).nonzero()[0])] += 1
+    assert ((predictions == wrong[..., 1:]) & mask).sum() == mask.sum() - 1
+
+
+def test_padding_does_not_change_loss_or_gradients(family):
+    model = family.build().train()
+    loss, grads = backward(model, batch_with_answers(family, padding_side="left"))
+    right, right_grads = backward(model, batch_with_answers(family, padding_side="right"))
+    torch.testing.assert_close(right, loss)
+    assert_close(right_grads, grads)
+    # The batch is the mean over its labels.
+    rows = family.rows()
+    total, count = 0.0, 0
+    for row in range(len(rows)):
+        alone = batch_with_answers(family, [[40 + row, 41, 42, 43][: 4 - row % 2]], rows=rows[row : row + 1])
+        number = int(alone["labels"].ne(IGNORED).sum())
+        total, count = total + float(model(**alone).loss.detach()) * number, count + number
+    assert total / count == pytest.approx(float(loss), rel=1e-4)
+
+
+def label_everything(batch):
+    """
+    Labels as TRL's collator for pictures makes them: all but padding, placeholders included. A row's first token is
+    left out, because padding on the left would be what predicts it.
+    """
+    is_first = batch["attention_mask"].cumsum(-1) == 1
+    labels = batch["input_ids"].masked_fill((batch["attention_mask"] == 0) | is_first, IGNORED)
+    return {**batch, "labels": labels}
+
+
+def negative_log_likelihood(model, batch):
+    """
+    Sum and number of the losses of one batch, from the logits: kept positions are those whose logits are not zero,
+    each predicts the next one that is kept, and placeholders are no targets.
+    """
+    with torch.no_grad():
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    total, count = 0.0, 0
+    placeholders = torch.tensor(model.placeholder_ids())
+    for row in range(len(logits)):
+        kept = (logits[row] != 0).any(-1) & batch["attention_mask"][row].bool()
+        targets = batch["labels"][row].masked_fill(torch.isin(batch["input_ids"][row], placeholders), IGNORED)[kept]
+        counts = targets[1:] != IGNORED
+        total += float(cross_entropy(logits[row][kept][:-1][counts], targets[1:][counts], reduction="sum"))
+        count += int(counts.sum())
+    return total, count
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_num_items_in_batch(family, padding_side):
+    model, _ = models(family.name)
+    answers = batch_with_answers(family, padding_side=padding_side)
+    total, count = negative_log_likelihood(model, answers)
+    assert count == int(answers["labels"].ne(IGNORED).sum())
+    with torch.no_grad():
+        assert float(model(**answers).loss) == pytest.approx(total / count, rel=1e-4)
+        # Trainer passes how many labels all batches of a step have: here twice as many.
+        for number in (torch.tensor(2 * count), 2 * count):
+            loss = model(**answers, num_items_in_batch=number).loss
+            assert float(loss) == pytest.approx(total / (2 * count), rel=1e-4)
+
+    everything = label_everything(answers)
+    total, count = negative_log_likelihood(model, everything)
+    # As Trainer counts: shifted labels, placeholders among them.
+    counted = everything["labels"][:, 1:].ne(IGNORED).sum()
+    assert counted > count
+    with torch.no_grad():
+        assert float(model(**everything).loss) == pytest.approx(total / count, rel=1e-4)
+        assert float(model(**everything, num_items_in_batch=counted).loss) == pytest.approx(total / count, rel=1e-4)
+
+
+def test_trainer_treats_the_class_as_the_stock_one(family):
+    model, reference = models(family.name)
+    assert model.loss_type == reference.loss_type
+    assert LOSS_MAPPING[model.loss_type] is LOSS_MAPPING["ForCausalLM"]
+    assert getattr(model, "accepts_loss_kwargs", None) == getattr(reference, "accepts_loss_kwargs", None)
+
+
+# ---------------------------------------------------------------------- Trainer
+
+
+def as_dataset(family, rows=None, number=None):
+    """One dict of tensors for each row, and a column that no model reads."""
+    rows = (family.rows() if rows is None else rows)[:number]
+    examples = []
+    for row, parts in enumerate(rows):
+        example = batch_with_answers(family, [[40 + row, 41, 42, 43][: 4 - row % 2]], rows=[parts])
+        shape = example["input_ids"].shape
+        # Rows of tokens without the batch dimension, so that `collate` knows them from pixels and questions.
+        examples.append({name: v[0] if v.shape == shape else v for name, v in example.items()} | {"note": "a dog"})
+    return examples
+
+
+def collate(examples):
+    """Right-padded rows; pixels and questions one after the other."""
+    assert not any("note" in example for example in examples)
+    batch = {}
+    for name in dict.fromkeys(name for example in examples for name in example):
+        values = [example[name] for example in examples if name in example]
+        if values[0].ndim == 1:
+            batch[name] = pad_sequence(values, True, IGNORED if name == "labels" else 0)
+        else:
+            batch[name] = torch.cat(values)
+    return batch
+
+
+def make_trainer(model, family, folder, train=None, evaluation=None, more=None, **arguments):
+    arguments = {
+        "per_device_train_batch_size": 3,
+        "per_device_eval_batch_size": 2,
+        "max_steps": 1,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        **arguments,
+    }
+    settings = TrainingArguments(
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", **arguments
+    )
+    train = as_dataset(family) if train is None else train
+    return Trainer(
+        model, settings, data_collator=collate, train_dataset=train, eval_dataset=evaluation, **(more or {})
+    )
+
+
+def logged_losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_trainer(family, tmp_path):
+    """`remove_unused_columns` is on by default: the columns that FSR reads stay, others go."""
+    model = family.build()
+    seen = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs.keys()), with_kwargs=True)
+    before = copy.deepcopy(model.state_dict())
+    trainer = make_trainer(model, family, tmp_path / "run", max_steps=6, optim="adamw_torch", learning_rate=2e-3)
+    trainer.train()
+    losses = logged_losses(trainer)
+    assert len(losses) == 6 and losses[-1] < 0.7 * losses[0]
+    batch = collate([{k: v for k, v in example.items() if k != "note"} for example in as_dataset(family)])
+    assert batch.keys() <= seen[0]
+    assert any(name in batch for name in QUERY) == family.has_text_encoder
+    for name, value in model.state_dict().items():
+        if name.startswith("text_encoder."):
+            assert torch.equal(value, before[name])
+
+    trainer.save_model(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved")
+    batch = batch_with_answers(family)
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_gradient_accumulation_is_one_large_batch(family, tmp_path):
+    """One row has no picture, two have different numbers of labels."""
+    weights = []
+    for size, steps in ((3, 1), (1, 3)):
+        model = family.build()
+        trainer = make_trainer(
+            model,
+            family,
+            tmp_path,
+            train=as_dataset(family, number=3),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+        )
+        trainer.train()
+        weights.append({name: p.detach() for name, p in model.named_parameters()})
+    start = dict(family.build().named_parameters())
+    updates = [{name: start[name].detach() - value for name, value in after.items()} for after in weights]
+    assert max(update.abs().max() for update in updates[0].values()) > 1e-3
+    assert_close(updates[1], updates[0])
+
+
+def test_label_smoothing(family, tmp_path):
+    model = family.build()
+    trainer = make_trainer(model, family, tmp_path, label_smoothing_factor=0.1)
+    batch = batch_with_answers(family)
+    labels = batch["labels"]
+    with torch.no_grad():
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    # Trainer shifts labels for classes that it knows as causal language models alone.
+    log_probs = log_softmax(logits, -1)[labels != IGNORED]
+    likely = log_probs.gather(1, labels[labels != IGNORED][:, None]).mean()
+    expected = -0.9 * likely - 0.1 * log_probs.mean()
+    trainer.train()
+    assert logged_losses(trainer)[0] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_evaluation(family, tmp_path):
+    model = family.build()
+    dataset = as_dataset(family)
+    seen = {}
+
+    def compute_metrics(prediction):
+        seen["shape"] = prediction.predictions.shape
+        predictions, labels = prediction.predictions.argmax(-1)[:, :-1], prediction.label_ids[:, 1:]
+        mask = labels != IGNORED
+        return {"accuracy": float(((predictions == labels) & mask).sum() / mask.sum()), "labels": int(mask.sum())}
+
+    trainer = make_trainer(
+        model,
+        family,
+        tmp_path,
+        evaluation=dataset,
+        more={"compute_metrics": compute_metrics},
+        per_device_eval_batch_size=len(dataset),
+    )
+    metrics = trainer.evaluate()
+    batch = batch_with_answers(family)
+    with torch.no_grad():
+        outputs = model(**batch)
+    assert seen["shape"] == (*batch["input_ids"].shape, outputs.logits.shape[-1])
+    labels = batch["labels"][:, 1:]
+    right = (outputs.logits.argmax(-1)[:, :-1] == labels).sum() / labels.ne(IGNORED).sum()
+    assert metrics["eval_accuracy"] == pytest.approx(float(right))
+    assert metrics["eval_labels"] == labels.ne(IGNORED).sum()
+    assert metrics["eval_loss"] == pytest.approx(float(outputs.loss), rel=1e-4)
+
+    # Smaller batches, each of its own length: the metrics are the same.
+    trainer.args.per_device_eval_batch_size = 1
+    alone = trainer.evaluate()
+    assert alone["eval_accuracy"] == pytest.approx(float(right))
+    assert alone["eval_labels"] == labels.ne(IGNORED).sum()
+    assert trainer.predict(dataset).predictions.shape == seen["shape"]
+    # Nothing else is a prediction, not even where nothing is pruned.
+    model.config.fsr_config.retention_ratio = 1.0
+    assert trainer.predict(dataset).predictions.shape == seen["shape"]
+
+
+def test_evaluation_with_argmax_before_gathering(family, tmp_path):
+    """`preprocess_logits_for_metrics`, as most scripts have it, and a label that is right."""
+    model = family.build()
+    rows = family.rows()
+    inputs = family.inputs(rows)
+    answers = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :].tolist()
+    dataset = []
+    for row, answer in zip(rows, answers):
+        example = batch_with_answers(family, [answer], rows=[row])
+        shape = example["input_ids"].shape
+        dataset.append({name: v[0] if v.shape == shape else v for name, v in example.items()})
+
+    def compute_metrics(prediction):
+        predictions, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+        return {"accuracy": float((predictions == labels)[labels != IGNORED].mean())}
+
+    trainer = make_trainer(
+        model,
+        family,
+        tmp_path,
+        train=dataset,
+        evaluation=dataset,
+        more={
+            "compute_metrics": compute_metrics,
+            "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
+        },
+    )
+    assert trainer.evaluate()["eval_accuracy"] == 1.0
+
+
+# ---------------------------------------------------------------------- distributed
+
+
+def test_distributed_data_parallel(family, tmp_path):
+    """With the vision tower frozen, as LLaVA is tuned, every parameter that may train gets a gradient."""
+    model = family.build()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = parameter.requires_grad and "vision_tower" not in name and "visual" not in name
+    model.train()
+    batch = batch_with_answers(family)
+    _, expected = backward(model, batch)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(model, find_unused_parameters=False)
+        for _ in range(2):  # a parameter without a gradient is an error in the next step
+            loss, grads = backward(wrapped, batch)
+        assert_close({name.removeprefix("module."): grad for name, grad in grads.items()}, expected)
+        assert loss.isfinite()
+    finally:
+        torch.distributed.destroy_process_group()
