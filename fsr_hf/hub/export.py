@@ -254,6 +254,7 @@ def _write_weights(
             _copy_shard(file, staging / name, bar, link)
     if text_side:
         save_file(text_side, staging / shard_names[-1], metadata={"format": "pt"})
+        shutil.copymode(staging / _CONFIG, staging / shard_names[-1])  # safetensors makes files for their owner alone
     if count > 1:
         weight_map = {name: new_names[file] for name, file in weights.items()}
         weight_map |= dict.fromkeys(text_side, shard_names[-1])

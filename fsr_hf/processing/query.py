@@ -121,8 +121,8 @@ def check_query_tokenizer(query_tokenizer: Any) -> CLIPTokenizer:
         )
     if len(query_tokenizer) <= len(set(query_tokenizer.all_special_ids)):
         raise ValueError(
-            "`query_tokenizer` must be a `CLIPTokenizer` with a vocabulary, and has special tokens alone: its files are "
-            "missing from the subfolder `query_tokenizer` of the processor."
+            "`query_tokenizer` must be a `CLIPTokenizer` with a vocabulary, and has special tokens only: its files "
+            "are missing from the subfolder `query_tokenizer` of the processor."
         )
     return query_tokenizer
 

@@ -317,6 +317,9 @@ def test_old_layout_and_text_tower_load_whole(checkpoints):
     assert state.keys() == stock.keys() | text_side.keys()
     for key, tensor in {**stock, **text_side}.items():
         assert torch.equal(state[key], tensor), key
+    assert {path.stat().st_mode for path in checkpoints.fsr.glob("*.json")} == {
+        path.stat().st_mode for path in checkpoints.fsr.glob("*.safetensors")
+    }
     index = json.loads((checkpoints.fsr / "model.safetensors.index.json").read_text())
     stored = load_file(checkpoints.stock / "model.safetensors")
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in [*stored.values(), *text_side.values()])
