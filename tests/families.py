@@ -10,15 +10,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import anyres
 import torch
 from oracle import Layout, Pool, clip_scores
-from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
+from transformers import (
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    PreTrainedConfig,
+)
 
 from fsr_hf.configuration.configuration_fsr_llava import FSRLlavaConfig
 from fsr_hf.modeling.modeling_fsr_llava import FSRLlavaForConditionalGeneration
+from fsr_hf.modeling.modeling_fsr_llava_next import FSRLlavaNextForConditionalGeneration
 
 
-__all__ = ["FAMILIES", "Family", "Item", "initialize", "models"]
+__all__ = ["FAMILIES", "Family", "Item", "initialize", "llava_next_item", "llava_next_layout", "models"]
 
 # CLIP's text tower: ids below QUERY_BOS are words.
 QUERY_BOS, QUERY_EOS, QUERY_LENGTH = 98, 99, 77
@@ -156,7 +165,9 @@ class Family:
     def build_reference(self, model, attn_implementation: str = "eager", **kwargs: Any):
         """The stock model with the weights of `model`; under eager attention, the oracle can read its maps."""
         config = self.reference_config_class(**{**self.config, **kwargs})
-        reference = self.reference_class._from_config(config, attn_implementation=attn_implementation, dtype=model.dtype)
+        reference = self.reference_class._from_config(
+            config, attn_implementation=attn_implementation, dtype=model.dtype
+        )
         weights = {name: value for name, value in model.state_dict().items() if not name.startswith("text_encoder.")}
         reference.load_state_dict(weights)
         reference.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS)
@@ -248,7 +259,80 @@ LLAVA = Family(
 )
 
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAVA,)}
+# --- LLaVA-NeXT ---
+
+NEXT_PIXELS, NEXT_SIDE = 56, 4  # of a view
+NEXT_PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+NEXT_SIZES = {"image": (100, 140), "wide": (30, 190), "tall": (170, 70)}  # height and width
+
+
+def llava_next_item(size: tuple[int, int], generator: torch.Generator, pinpoints=NEXT_PINPOINTS) -> Item:
+    """A picture of any height and width."""
+    views = anyres.num_views(size, pinpoints, NEXT_PIXELS)
+    inputs = {
+        "pixel_values": torch.randn(1, views, 3, NEXT_PIXELS, NEXT_PIXELS, generator=generator),
+        "image_sizes": torch.tensor([size]),
+    }
+    length = len(anyres.pack(size, pinpoints, NEXT_PIXELS, NEXT_SIDE))
+    return Item("image", [IMAGE_TOKEN] * length, inputs, length)
+
+
+def _llava_next_collate(items: list[Item]) -> dict[str, torch.Tensor]:
+    """Views that pad a picture are NaN: nothing may look at them."""
+    most = max(item.inputs["pixel_values"].shape[1] for item in items)
+    pixels = torch.full((len(items), most, 3, NEXT_PIXELS, NEXT_PIXELS), torch.nan)
+    for padded, item in zip(pixels, items):
+        views = item.inputs["pixel_values"][0]
+        padded[: len(views)] = views
+    return {"pixel_values": pixels, "image_sizes": torch.cat([item.inputs["image_sizes"] for item in items])}
+
+
+def llava_next_layout(reference, item: Item, clip, query, pool: str = "view") -> Layout:
+    """The item in pools of one view each, or as one pool."""
+    pixels, sizes = item.inputs["pixel_values"], item.inputs["image_sizes"]
+    saliency, relevance = clip_scores(reference.model.vision_tower, clip, pixels[0], query, block=-2)
+    run = torch.cat(list(reference.get_image_features(pixels, sizes).pooler_output))
+    tokens = anyres.pack(tuple(sizes[0].tolist()), reference.config.image_grid_pinpoints, NEXT_PIXELS, NEXT_SIDE)
+    members: dict[int, list[int]] = {}
+    newlines: dict[int, list[int]] = {}
+    line: list[int] = []
+    for number, token in enumerate(tokens):
+        if token is None:
+            newlines[number], line = line, []
+        else:
+            members.setdefault(token[0] if pool == "view" else 0, []).append(number)
+            line += [number] if token[0] > 0 else []
+    pools = []
+    for numbers in members.values():
+        views, rows, columns = zip(*(tokens[number] for number in numbers))
+        places = torch.tensor(views), torch.tensor(rows) * NEXT_SIDE + torch.tensor(columns)
+        cosine = None if relevance is None else relevance[places]
+        pools.append(Pool(run[numbers], saliency[places], cosine, numbers))
+    return Layout(run, pools, newlines)
+
+
+LLAVA_NEXT = Family(
+    name="llava_next",
+    model_class=FSRLlavaNextForConditionalGeneration,
+    config={
+        "vision_config": {**CLIP_VISION_CONFIG, "image_size": NEXT_PIXELS},
+        "text_config": {"model_type": "llama", **TEXT_CONFIG},
+        "image_token_index": IMAGE_TOKEN,
+        "image_seq_length": NEXT_SIDE**2,
+        "image_grid_pinpoints": NEXT_PINPOINTS,
+    },
+    reference_class=LlavaNextForConditionalGeneration,
+    reference_config_class=LlavaNextConfig,
+    make_item=lambda kind, generator: llava_next_item(NEXT_SIZES[kind], generator),
+    layout=llava_next_layout,
+    placeholder_ids=(IMAGE_TOKEN,),
+    kinds=tuple(NEXT_SIZES),
+    fsr_config={"num_visual_tokens": 12, "rho": 0.4, "text_encoder_config": CLIP_TEXT_CONFIG},
+    collate=_llava_next_collate,
+)
+
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAVA, LLAVA_NEXT)}
 
 
 @functools.cache
