@@ -4,7 +4,7 @@ import torch
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 
-__all__ = ["cls_attention"]
+__all__ = ["attention_received", "cls_attention"]
 
 
 @torch.no_grad()
@@ -32,3 +32,44 @@ def cls_attention(block: CLIPEncoderLayer, hidden_states: torch.Tensor) -> torch
     with torch.autocast(query.device.type, enabled=False):
         weights = (query.float() * attention.scale @ key.float().transpose(-1, -2)).softmax(-1)  # [B, heads, 1, 1 + N]
     return weights.mean(1)[:, 0, 1:]
+
+
+# Scores that are in memory at once: 64 MiB in float32.
+_BLOCK_SCORES = 2**24
+
+
+@torch.no_grad()
+def attention_received(query: torch.Tensor, key: torch.Tensor, lengths: list[int], scale: float) -> torch.Tensor:
+    """
+    How much attention each token receives, averaged over heads and over the queries that see it: Eq. 1 for towers
+    without [CLS]. The tokens stand in segments (an image, a frame), and attention stays within a segment.
+
+    The scores of a block of queries against the keys of their segment are in memory at once, never those of all pairs:
+    `O(tokens * head_dim + block * segment)`.
+
+    Args:
+        query (`torch.FloatTensor` of shape `(tokens, heads, head_dim)`):
+            Queries of a block, with their positions.
+        key (`torch.FloatTensor` of shape `(tokens, heads, head_dim)`):
+            Its keys.
+        lengths (`list[int]`):
+            Tokens of each segment, in their order; they add up to `tokens`.
+        scale (`float`):
+            What the scores are multiplied by before softmax.
+
+    Returns:
+        `torch.FloatTensor` of shape `(tokens,)`, float32: the means over each segment add up to 1.
+    """
+    heads = query.shape[1]
+    received = []
+    with torch.autocast(query.device.type, enabled=False):
+        for queries, keys in zip(query.split(lengths), key.split(lengths)):
+            queries, keys = (part.transpose(0, 1).float().contiguous() for part in (queries, keys))
+            total = queries.new_zeros(heads, 1, queries.shape[1])  # queries, keys: [heads, length, head_dim]
+            for block in queries.split(max(1, _BLOCK_SCORES // (heads * queries.shape[1])), dim=1):
+                weights = (block * scale) @ keys.mT  # [heads, block, length]
+                weights = weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+                # The column sums of a softmax, whose denominators weight the rows.
+                total += weights.sum(-1, keepdim=True).reciprocal_().mT @ weights
+            received.append(total.sum((0, 1)) / (heads * queries.shape[1]))
+    return torch.cat(received)
