@@ -10,7 +10,9 @@ __all__ = ["app"]
 
 app = typer.Typer(
     help="Focus-Scan-Refine visual-token pruning for vision-language models.",
+    add_completion=False,
     no_args_is_help=True,
+    rich_markup_mode=None,  # it would take "[...]" in a text for markup
     pretty_exceptions_enable=False,
 )
 
@@ -32,7 +34,7 @@ def export(
         ),
     ] = None,
     num_visual_tokens: Annotated[
-        int | None, typer.Option(help="Visual tokens kept of each image or video.  [default: the family's]")
+        int | None, typer.Option(help="Visual tokens kept of each image or video. Default: the family's.")
     ] = None,
     retention_ratio: Annotated[
         float | None, typer.Option(help="Kept share of the visual tokens, in (0, 1], in place of a number.")

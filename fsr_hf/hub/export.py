@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPTokenizer
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from .families import FAMILIES, Family
 
@@ -94,6 +95,7 @@ def export(
         config.save_pretrained(staging)
         if clip_folder is not None:
             _write_query_processor(family, clip_folder, staging)
+        _name_processor(family, staging)
         _write_weights(weights, text_side, staging, link, progress)
     return output_dir
 
@@ -236,6 +238,13 @@ def _write_query_processor(family: Family, clip_folder: Path, staging: Path) -> 
     settings["auto_map"] = {"AutoProcessor": family.auto_map["AutoProcessor"]}
     _write_json(file, settings)
     family.processor.from_pretrained(staging)
+
+
+def _name_processor(family: Family, staging: Path) -> None:
+    """Writes down the class of a stock processor whose files leave it to the stock `model_type`, which is gone."""
+    names = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+    if not any("processor_class" in _read_json(staging / name) for name in names if (staging / name).is_file()):
+        _write_json(staging / names[0], {"processor_class": PROCESSOR_MAPPING_NAMES[family.stock_model_type]})
 
 
 def _write_weights(

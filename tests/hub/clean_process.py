@@ -41,9 +41,8 @@ def refusal(auto_class: type, folder: str) -> str:
 
 folder, output_dir = sys.argv[1], Path(sys.argv[2])
 trust = {"trust_remote_code": True}
-report: dict = {
-    "refusals": {cls.__name__: refusal(cls, folder) for cls in (AutoConfig, AutoModel, AutoModelForImageTextToText)}
-}
+auto_classes = (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor)
+report: dict = {"refusals": {cls.__name__: refusal(cls, folder) for cls in auto_classes}}
 
 config = AutoConfig.from_pretrained(folder, **trust)
 report["config"] = config.to_dict()

@@ -409,6 +409,19 @@ def test_without_text_encoder_relevance_is_off(checkpoints, tmp_path):
     assert type(AutoProcessor.from_pretrained(later)) is FSRLlavaProcessor
 
 
+def test_stock_processor_that_only_the_model_type_names(checkpoints, tmp_path):
+    source = shutil.copytree(checkpoints.stock, tmp_path / "source")
+    settings = json.loads((source / "processor_config.json").read_text())
+    (source / "preprocessor_config.json").write_text(json.dumps(settings["image_processor"]))
+    (source / "processor_config.json").unlink()
+    tokenizer = json.loads((source / "tokenizer_config.json").read_text())
+    del tokenizer["processor_class"]
+    (source / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    assert type(AutoProcessor.from_pretrained(source)) is LlavaProcessor
+    folder = export(source, tmp_path / "fsr", progress=False)
+    assert type(AutoProcessor.from_pretrained(folder)) is LlavaProcessor
+
+
 def test_export_of_an_export_changes_the_config_alone(checkpoints, tmp_path):
     folder = export(checkpoints.fsr, tmp_path / "fsr", fsr_config={"retention_ratio": 0.25}, progress=False)
     config = AutoConfig.from_pretrained(folder)
