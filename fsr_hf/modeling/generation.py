@@ -64,6 +64,13 @@ class FSRGenerationMixin(GenerationMixin):
         """Positions `(..., batch, length)` of the whole prompt, used with `positions="original"`."""
         return _positions(attention_mask)
 
+    def runs_stock(self, visual: dict[str, Any]) -> bool:
+        """
+        Whether the stock class has the right embeddings for a prompt that is not pruned. If not, the prompt goes the way
+        of a pruned one, and nothing is dropped.
+        """
+        return True
+
     # ------------------------------------------------------------------ compression
 
     def _compress(
@@ -81,18 +88,19 @@ class FSRGenerationMixin(GenerationMixin):
         All checks come first, on the host: one copy of ids and mask is the only wait for the device.
 
         Returns:
-            The compressed prompt, or `None` if every image is within its budget; and one [`VisualSelection`] for each
-            image or video if `return_selections`.
+            The compressed prompt, or `None` if every image is within its budget and the stock class can run it; and one
+            [`VisualSelection`] for each image or video if `return_selections`.
         """
         host_ids, host_mask = input_ids.cpu(), attention_mask.cpu()
         items = self.find_items(host_ids, **visual)
         candidates = self.num_candidates(items, **visual)
-        budgets = [fsr.budget(number) for number in candidates]
+        budgets = [fsr.budget(number) if fsr.enabled else number for number in candidates]
         is_pruned = [budget < number for budget, number in zip(budgets, candidates)]
-        if not any(is_pruned) and not return_selections:
+        is_stock = not any(is_pruned) and self.runs_stock(visual)
+        if is_stock and not return_selections:
             return None, None
 
-        question = self._check_query(query, fsr, len(input_ids))
+        question = self._check_query(query, fsr, len(input_ids)) if any(is_pruned) or return_selections else None
         embeddings = None
         if question is not None:
             embeddings = self.text_encoder.encode_query(*(tensor.to(input_ids.device) for tensor in question))
@@ -100,7 +108,7 @@ class FSRGenerationMixin(GenerationMixin):
         indices, features, kept, selections = select_from_pools(
             pools, items, budgets, is_pruned, fsr, return_selections
         )
-        if not any(is_pruned):
+        if is_stock:
             return None, selections
 
         layout = lay_out(host_mask, items, kept, indices.to(input_ids.device))
@@ -154,7 +162,16 @@ class FSRGenerationMixin(GenerationMixin):
     def _check_prompt(self, input_ids, attention_mask, kwargs, refused: tuple[str, ...]) -> torch.Tensor:
         """The ids, after the refusal of what cannot stand beside pixels."""
         if input_ids is None:
-            raise ValueError("Pixels need `input_ids`: FSR finds the placeholders of images in them.")
+            raise ValueError(
+                "Pixels need `input_ids`: FSR finds the placeholders of images in them. (PEFT prompt tuning takes them "
+                "away: use an adapter on the weights, such as LoRA.)"
+            )
+        if _cached_length(kwargs.get("past_key_values")):
+            raise ValueError(
+                "`past_key_values` already holds tokens: going on from a cache with images in the prompt is not "
+                "supported with FSR. Pass the whole conversation without `past_key_values`, or `fsr_enabled=False` to "
+                "run unpruned. (PEFT prefix tuning fills the cache: use an adapter on the weights, such as LoRA.)"
+            )
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, but its shape is "
@@ -166,12 +183,6 @@ class FSRGenerationMixin(GenerationMixin):
                     f"`{name}` together with pixels is not supported: it refers to the whole prompt, and FSR "
                     "compresses it. Leave it out, or pass `fsr_enabled=False` to run unpruned."
                 )
-        if _cached_length(kwargs.get("past_key_values")):
-            raise ValueError(
-                "`past_key_values` already holds tokens: going on from a cache with images in the prompt is not "
-                "supported with FSR. Pass the whole conversation without `past_key_values`, or `fsr_enabled=False` to "
-                "run unpruned."
-            )
         return input_ids
 
     # ------------------------------------------------------------------ generate
@@ -244,7 +255,7 @@ class FSRGenerationMixin(GenerationMixin):
                 "`output_visual_selection=True` needs `return_dict_in_generate=True`, which has a place for the "
                 "selections, and pruning that is enabled."
             )
-        if not fsr.enabled:
+        if not fsr.enabled and self.runs_stock(kwargs):
             _refuse_pruned_cache(kwargs.get("past_key_values"))
             return super().generate(inputs, generation_config, **arguments, **kwargs)
 
@@ -386,7 +397,9 @@ class FSRGenerationMixin(GenerationMixin):
         _refuse_pruned_cache(kwargs.get("past_key_values"))
         if input_ids is None:
             return
-        is_placeholder = torch.isin(input_ids, torch.tensor(self.placeholder_ids(), device=input_ids.device))
+        cached = _cached_length(kwargs.get("past_key_values"))
+        new = input_ids[:, cached if cached < input_ids.shape[1] else 0 :]  # what is cached ran unpruned
+        is_placeholder = torch.isin(new, torch.tensor(self.placeholder_ids(), device=new.device))
         if is_placeholder.any():
             raise ValueError(
                 f"The prompt has {int(is_placeholder.sum())} placeholders (ids {self.placeholder_ids()}) but there "
@@ -449,12 +462,12 @@ class FSRGenerationMixin(GenerationMixin):
             "labels": labels,
             "logits_to_keep": logits_to_keep,
         }
-        visual = None if fsr_enabled is False else self._pop_visual(kwargs)
+        visual = None if fsr_enabled is False and self.runs_stock(kwargs) else self._pop_visual(kwargs)
         if visual is None:
             _check_mask_of_pruned_cache(attention_mask, input_ids, kwargs)
             return super().forward(**stock, **kwargs)
         fsr = self.config.fsr_config.override(num_visual_tokens, retention_ratio, fsr_enabled)
-        if not fsr.enabled:
+        if not fsr.enabled and self.runs_stock(visual):
             return super().forward(**stock, **visual, **kwargs)
 
         refused = (

@@ -74,6 +74,8 @@ def select_from_pools(
         The kept tokens of all items, one after the other, as positions in their runs `(sum(kept),)` and features
         `(sum(kept), hidden_size)`; how many each item keeps; and the [`VisualSelection`] of each item, if asked for.
     """
+    if not any(is_pruned) and not return_selections:
+        return *_whole_runs(pools), None
     device = pools.features.device
     num_pools, width, _ = pools.features.shape
     members = [[pool for pool, owner in enumerate(pools.items) if owner == item] for item in range(len(items))]
@@ -107,11 +109,13 @@ def select_from_pools(
     numbers = pools.numbers if pools.numbers is not None else torch.arange(width, device=device).expand(num_pools, -1)
     kept_numbers = numbers.gather(1, selection.indices.clamp(min=0))
     kept = [sum(pool_budgets[pool] for pool in members[item]) for item in range(len(items))]
-    if is_uniform and pools.numbers is None:
+    if not any(is_pruned):
+        indices, features, kept = _whole_runs(pools)
+    elif is_uniform and pools.numbers is None:
         indices, features = kept_numbers.flatten(), selection.features.flatten(0, 1)
     else:
         indices, features, kept = _join_pools(pools, selection, kept_numbers, pool_budgets, is_pruned)
-    if pools.newlines is not None and fsr.newline == "keep":
+    if any(is_pruned) and pools.newlines is not None and fsr.newline == "keep":
         indices, features, kept = _add_newlines(pools, indices, features, kept)
     selections = None
     if return_selections:
@@ -120,6 +124,13 @@ def select_from_pools(
             for item in range(len(items))
         ]
     return indices, features, kept, selections
+
+
+def _whole_runs(pools):
+    """The tokens of every item, newlines and all."""
+    kept = [len(run) for run in pools.runs]
+    indices = torch.cat([torch.arange(number) for number in kept]).to(pools.features.device, non_blocking=True)
+    return indices, torch.cat(list(pools.runs)), kept
 
 
 def _join_pools(pools, selection, kept_numbers, pool_budgets, is_pruned):
