@@ -199,7 +199,7 @@ class Family:
         input_ids = torch.tensor([[PAD] * left + ids + [PAD] * right for ids, (left, right) in zip(all_ids, pads)])
         mask = torch.tensor([[0] * left + [1] * len(ids) + [0] * right for ids, (left, right) in zip(all_ids, pads)])
         inputs = {"input_ids": input_ids, "attention_mask": mask, **self.more_inputs(input_ids)}
-        items = [part for row in rows for part in row if isinstance(part, Item)]
+        items = [part for row in rows for part in row if isinstance(part, Item) and part.inputs]
         if items:
             inputs |= self.collate(items)
         if query and self.has_text_encoder:
