@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from fsr_hf.configuration.configuration_fsr_llava import FSRLlavaConfig
 from fsr_hf.modeling.modeling_fsr_llava import FSRLlavaForConditionalGeneration
 from fsr_hf.modeling.modeling_fsr_llava_next import FSRLlavaNextForConditionalGeneration
 
@@ -109,7 +108,7 @@ class Family:
     """
     Args:
         name (`str`): For test ids.
-        model_class, config (`type`, `dict`): The class under test, and the arguments of its tiny config but `fsr_config`.
+        model_class, config (`type`, `dict`): The class under test; the arguments of its tiny config but `fsr_config`.
         reference_class, reference_config_class (`type`): The stock classes. The oracle decodes with them.
         make_item (`Callable`): `(kind, generator)` to [`Item`].
         layout (`Callable`): `(reference model, item, clip, query)` to [`~oracle.Layout`], for the oracle. `clip` is a
@@ -188,8 +187,8 @@ class Family:
 
     def inputs(self, rows: Sequence[Sequence[int | Item]], padding_side: str = "left", query: bool = True):
         """
-        The model's inputs for rows of ids and items. A row's question depends on its ids alone, so that the row alone has
-        the same.
+        The model's inputs for rows of ids and items. A row's question depends on its ids alone, so that the row alone
+        has the same.
         """
         all_ids = [
             [token for part in row for token in (part.token_ids if isinstance(part, Item) else [part])] for row in rows
@@ -208,8 +207,8 @@ class Family:
 
     def query(self, words: Sequence[int], chunks: int = 2) -> dict[str, torch.Tensor]:
         """
-        A question for each row, in `chunks` chunks of CLIP's length. Row `k` uses `1 + k % chunks` of them, and stands on
-        the left or the right: where the empty ones are has no meaning.
+        A question for each row, in `chunks` chunks of CLIP's length. A row uses some of them, on the left or on the
+        right: where the empty ones are has no meaning.
         """
         input_ids = torch.full((len(words), chunks, QUERY_LENGTH), QUERY_EOS)
         input_ids[..., 0] = QUERY_BOS

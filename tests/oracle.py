@@ -1,6 +1,6 @@
 """
-What FSR must do, computed in another way: scores from the stock towers' own attention maps, selection by a loop over the
-equations, embeddings and positions put together by hand, row by row, and decoding with the stock class step by step.
+What FSR must do, computed in another way: scores from the stock towers' own attention maps, selection by a loop over
+the equations, embeddings and positions put together by hand, and decoding with the stock class step by step.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,9 +58,7 @@ def build_clip(model) -> CLIPModel | None:
     if model.text_encoder is None:
         return None
     text, vision = model.config.fsr_config.text_encoder_config, model.config.vision_config
-    config = CLIPConfig(
-        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=text.projection_dim
-    )
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=text.projection_dim)
     clip = CLIPModel(config)
     clip.vision_model.load_state_dict(model.model.vision_tower.state_dict())
     clip.text_model.load_state_dict(model.text_encoder.text_model.state_dict())
@@ -72,8 +70,8 @@ def build_clip(model) -> CLIPModel | None:
 @torch.no_grad()
 def clip_scores(tower, clip, pixel_values, query, block: int):
     """
-    Saliency and cosine `(views, patches)` of a CLIP tower under eager attention; `block` counts attention maps, and the
-    joint space is reached from the penultimate layer. `query`: `(chunks, 77)` ids, or `None` for no cosine.
+    Saliency and cosine `(views, patches)` of a CLIP tower under eager attention; `block` counts attention maps, and
+    the joint space is reached from the penultimate layer. `query`: `(chunks, 77)` ids, or `None` for no cosine.
     """
     outputs = tower(pixel_values, output_attentions=True, output_hidden_states=True)
     saliency = outputs.attentions[block].mean(1)[:, 0, 1:]
@@ -197,8 +195,8 @@ class Oracle:
 
     def compress(self, row, query: bool = True, grad: bool = False, **settings: Any) -> Prompt:
         """
-        The row of ids and items under the model's config with `settings`; `query=False`: no question; `grad=True`: with
-        autograd through everything but the selection and the weights of Refine.
+        The row of ids and items under the model's config with `settings`; `query=False`: no question; `grad=True`:
+        with autograd through everything but the selection and the weights of Refine.
         """
         with torch.set_grad_enabled(grad):
             fsr = self.config.fsr_config.override(**settings)
@@ -266,9 +264,9 @@ class Oracle:
 
     def decode(self, prompts: list[Prompt], num_new: int, choose: Callable | None = None):
         """
-        `num_new` tokens for each row, one by one: ids `(rows, num_new)`, and the logits `(rows, num_new, vocab_size)` that
-        they came from. `choose` takes the full rows with the new ids so far and the logits `(rows, vocab_size)`, and
-        returns `(rows,)` ids; by default those of the largest logits.
+        `num_new` tokens for each row, one by one: ids `(rows, num_new)`, and the logits `(rows, num_new, vocab_size)`
+        that they came from. `choose` takes the full rows with the new ids so far and the logits `(rows, vocab_size)`,
+        and returns `(rows,)` ids; by default those of the largest logits.
         """
         new_ids, steps = [[] for _ in prompts], []
         for _ in range(num_new):

@@ -1,6 +1,6 @@
 """
-What every family promises, line by line, against `oracle.py`: `generate()` and `forward()` over a compressed prompt are the
-stock model on that prompt, and what goes in and comes out is the caller's.
+What every family promises, line by line, against `oracle.py`: `generate()` and `forward()` over a compressed prompt
+are the stock model on that prompt, and what goes in and comes out is the caller's.
 """
 
 import contextlib
@@ -34,6 +34,8 @@ from transformers import (
 from transformers.generation import candidate_generator
 from transformers.generation.logits_process import WatermarkLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
+
+from fsr_hf.modeling import fsr, pools
 
 
 NEW = 8  # tokens that most tests generate
@@ -277,7 +279,7 @@ def test_stopping_criterion_sees_the_whole_prompt(case):
 
 
 def after_eos(tokens, eos):
-    """`tokens` `(rows, n)` as `generate` returns them with this EOS: padded after it, cut where all rows have ended."""
+    """`tokens` `(rows, n)` as `generate` returns them with this EOS: padded after it, cut where all rows ended."""
     ended = (tokens == eos).long().cumsum(-1)
     tokens = tokens.masked_fill(ended - (tokens == eos).long() > 0, PAD)
     alive = (ended == 0).any(0).nonzero()
@@ -924,7 +926,7 @@ def test_steps_of_a_decoding_loop_by_hand(case):
                 input_ids=torch.tensor([tokens[-1:]]), position_ids=position, past_key_values=out.past_key_values
             )
     assert tokens == case.expected[0][0].tolist()
-    with pytest.raises(ValueError, match="`attention_mask` has .* columns"):
+    with pytest.raises(ValueError, match=r"`attention_mask` has .* columns"):
         case.model(
             input_ids=torch.tensor([[5]]),
             attention_mask=torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long),
@@ -1077,10 +1079,6 @@ class NoHostRead(TorchDispatchMode):
 
 
 def test_selection_does_not_wait_for_the_device(case, monkeypatch):
-    module = inspect.getmodule(type(case.model).__mro__[0])
-    del module
-    from fsr_hf.modeling import fsr, pools
-
     calls = []
 
     def watched(*args, **kwargs):
@@ -1343,12 +1341,12 @@ def test_placeholders_must_match_the_pixels(case, no_work):
     )
     longer = Item(
         item.modality,
-        item.token_ids[:1] + [item.token_ids[len(item.token_ids) // 2]] + item.token_ids[1:],
+        [*item.token_ids[:1], item.token_ids[len(item.token_ids) // 2], *item.token_ids[1:]],
         item.inputs,
         0,
     )
     silent = Item(item.modality, [], item.inputs, 0)
-    broken = Item(item.modality, item.token_ids[:-2] + [9] + item.token_ids[-2:], item.inputs, 0)
+    broken = Item(item.modality, [*item.token_ids[:-2], 9, *item.token_ids[-2:]], item.inputs, 0)
     without = Item(item.modality, item.token_ids, {}, 0)
     for rows in (
         [[BOS, shorter, 7]],
