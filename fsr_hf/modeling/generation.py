@@ -66,8 +66,8 @@ class FSRGenerationMixin(GenerationMixin):
 
     def runs_stock(self, visual: dict[str, Any]) -> bool:
         """
-        Whether the stock class has the right embeddings for a prompt that is not pruned. If not, the prompt goes the way
-        of a pruned one, and nothing is dropped.
+        Whether the stock class has the right embeddings for a prompt that is not pruned. If not, the prompt goes the
+        way of a pruned one, and nothing is dropped.
         """
         return True
 
@@ -88,8 +88,8 @@ class FSRGenerationMixin(GenerationMixin):
         All checks come first, on the host: one copy of ids and mask is the only wait for the device.
 
         Returns:
-            The compressed prompt, or `None` if every image is within its budget and the stock class can run it; and one
-            [`VisualSelection`] for each image or video if `return_selections`.
+            The compressed prompt, or `None` if every image is within its budget and the stock class can run it; and
+            one [`VisualSelection`] for each image or video if `return_selections`.
         """
         host_ids, host_mask = input_ids.cpu(), attention_mask.cpu()
         items = self.find_items(host_ids, **visual)

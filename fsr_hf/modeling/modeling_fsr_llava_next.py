@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaNextForConditionalGeneration
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -13,8 +12,10 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from ..configuration.configuration_fsr_llava_next import FSRLlavaNextConfig
 from ..configuration.remote_code import RemoteCodeMixin
+from .anyres import check_views, list_sizes, newlines_of_rows
 from .clip_tower import CLIPTowerMixin, check_clip_tower
-from .pools import VisualPools
+from .offload import own_weights
+from .pools import VisualPools, pool_views
 from .prompt import VisualItem, find_visual_items
 
 
@@ -56,12 +57,12 @@ class FSRLlavaNextForConditionalGeneration(RemoteCodeMixin, CLIPTowerMixin, Llav
     ) -> list[VisualItem]:
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         check_clip_tower(self.config, layer, vision_feature_select_strategy or "default")
-        sizes = _list_sizes(image_sizes)
-        _check_views(pixel_values, self._num_views(sizes))
+        sizes = list_sizes(image_sizes)
+        check_views(pixel_values, self._num_views(sizes))
         return find_visual_items(input_ids, self.config.image_token_id, [len(run) for run in self._pack(sizes)])
 
     def num_candidates(self, items: list[VisualItem], image_sizes: torch.Tensor, **visual) -> list[int]:
-        return [int((run >= 0).sum()) for run in self._pack(_list_sizes(image_sizes))]
+        return [int((run >= 0).sum()) for run in self._pack(list_sizes(image_sizes))]
 
     def encode_visuals(
         self,
@@ -72,44 +73,30 @@ class FSRLlavaNextForConditionalGeneration(RemoteCodeMixin, CLIPTowerMixin, Llav
         vision_feature_layer: int | None = None,
         vision_feature_select_strategy: str | None = None,
     ) -> VisualPools:
-        sizes = _list_sizes(image_sizes)
+        sizes = list_sizes(image_sizes)
         num_views = self._num_views(sizes)
         rows = [item.row for item, number in zip(items, num_views) for _ in range(number)]
-        outputs, saliency, relevance = self.run_clip_tower(
-            pixel_values, rows, query, vision_feature_layer, vision_feature_select_strategy, image_sizes=sizes
-        )
+        with own_weights(self.model):
+            outputs, saliency, relevance = self.run_clip_tower(
+                pixel_values, rows, query, vision_feature_layer, vision_feature_select_strategy, image_sizes=sizes
+            )
 
         fsr: Any = self.config.fsr_config
         area = self._side**2
-        owners, numbers, places, patches = [], [], [], []  # for each pool
-        first_place = first_patch = 0
         runs = self._pack(sizes)
-        for item, run in enumerate(runs):
-            views = run // area if fsr.pool == "view" else run.clamp(max=0)  # -1 for a newline
-            for view in views.unique().tolist():  # ascending, without those that unpadding emptied
-                if view >= 0:
-                    numbers.append((views == view).nonzero()[:, 0])
-                    places.append(numbers[-1] + first_place)
-                    patches.append(run[numbers[-1]] + first_patch)
-                    owners.append(item)
-            first_place += len(run)
-            first_patch += num_views[item] * area
-
-        features = torch.cat(outputs.pooler_output)  # [placeholders of all images, D]
-        device = features.device
-        number, place, patch = (
-            pad_sequence(parts, batch_first=True).to(device, non_blocking=True) for parts in (numbers, places, patches)
-        )
-        return VisualPools(
-            features=features[place],
-            saliency=saliency.to(device).flatten()[patch],
-            relevance=None if relevance is None else relevance.to(device).flatten()[patch],
-            items=owners,
-            sizes=[len(pool) for pool in numbers],
-            numbers=number,
-            runs=outputs.pooler_output,
+        if fsr.pool == "view":
+            views = [run // area for run in runs]  # -1 for a newline
+        else:
+            views = [run.clamp(max=0) for run in runs]
+        firsts = torch.tensor([0, *num_views]).cumsum(0) * area
+        patch = torch.cat([run.clamp(min=0) + first for run, first in zip(runs, firsts)]).to(saliency.device)
+        return pool_views(
+            outputs.pooler_output,
+            views,
+            saliency.flatten()[patch],
+            None if relevance is None else relevance.flatten()[patch],
             grid=[self._grid(run) for run in runs],
-            newlines=[self._newlines(run) for run in runs],
+            newlines=[newlines_of_rows(run < 0, first=area) for run in runs],
         )
 
     def _pop_visual(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -145,14 +132,6 @@ class FSRLlavaNextForConditionalGeneration(RemoteCodeMixin, CLIPTowerMixin, Llav
         """View, row and column of each placeholder, `(placeholders, 3)`; -1 for a newline."""
         grid = torch.stack([run // self._side**2, run // self._side % self._side, run % self._side], dim=-1)
         return grid.masked_fill(run[:, None] < 0, -1)
-
-    def _newlines(self, run: torch.Tensor) -> torch.Tensor:
-        """The newline that ends the row of each placeholder, `(placeholders,)`; -1 in the base view, without any."""
-        ends = (run < 0).nonzero()[:, 0]
-        base = self._side**2
-        newlines = torch.full_like(run, -1)
-        newlines[base:] = ends[torch.searchsorted(ends, torch.arange(base, len(run)))]
-        return newlines
 
     def forward(
         self,
@@ -229,41 +208,6 @@ class FSRLlavaNextForConditionalGeneration(RemoteCodeMixin, CLIPTowerMixin, Llav
             retention_ratio=retention_ratio,
             fsr_enabled=fsr_enabled,
             **kwargs,
-        )
-
-
-def _list_sizes(image_sizes) -> list[list[int]]:
-    """`image_sizes` as a list of `[height, width]`."""
-    if image_sizes is None:
-        raise ValueError(
-            "`pixel_values` need `image_sizes`, the height and width of each image before preprocessing: the tokens "
-            "of a picture depend on its shape. Pass all that the processor returns."
-        )
-    sizes = [list(size) if isinstance(size, (list, tuple)) else size.tolist() for size in image_sizes]
-    if not all(isinstance(size, list) and len(size) == 2 and min(size) >= 1 for size in sizes):
-        raise ValueError(f"`image_sizes` must hold the height and width of each image, but is {sizes}.")
-    return sizes
-
-
-def _check_views(pixel_values: torch.Tensor, num_views: list[int]) -> None:
-    """Whether there are pixels for all views of all images."""
-    shape = tuple(pixel_values.shape)
-    if len(shape) == 5:
-        fits, found = shape[0] == len(num_views), f"{shape[0]} images"
-        if fits and num_views:
-            fits, found = shape[1] >= max(num_views), f"{shape[1]} views for each image"
-    elif len(shape) == 4:
-        fits, found = shape[0] == sum(num_views), f"{shape[0]} views"
-    else:
-        raise ValueError(
-            "`pixel_values` must have the shape (images, views, channels, height, width) or (views, channels, height, "
-            f"width), but its shape is {shape}."
-        )
-    if not fits:
-        raise ValueError(
-            f"`pixel_values` of shape {shape} hold {found}, but `image_sizes` and `config.image_grid_pinpoints` tell "
-            f"of {len(num_views)} images of {num_views} views. The image processor needs the `image_grid_pinpoints` "
-            "of the config, and both inputs the same images."
         )
 
 

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from .fsr import VisualSelection, select_visual_tokens
 from .prompt import VisualItem
 
 
-__all__ = ["VisualPools", "select_from_pools", "split_budget"]
+__all__ = ["VisualPools", "pool_views", "select_from_pools", "split_budget"]
 
 
 @dataclass
@@ -47,6 +48,53 @@ class VisualPools:
     runs: list[torch.Tensor]
     grid: list[torch.Tensor]
     newlines: list[torch.Tensor] | None = None
+
+
+def pool_views(
+    runs: list[torch.Tensor],
+    views: list[torch.Tensor],
+    saliency: torch.Tensor,
+    relevance: torch.Tensor | None,
+    grid: list[torch.Tensor],
+    newlines: list[torch.Tensor],
+) -> VisualPools:
+    """
+    One pool for each view of each item.
+
+    Args:
+        runs, grid, newlines (`list[torch.Tensor]`):
+            For each item, as in [`VisualPools`].
+        views (`list[torch.LongTensor]`):
+            For each item, the view of every placeholder, on the CPU: `(placeholders,)`; -1 for what is no candidate. A
+            view that is empty has no pool.
+        saliency (`torch.FloatTensor` of shape `(placeholders of all items,)`):
+            Eq. 1.
+        relevance (`torch.FloatTensor` of shape `(placeholders of all items,)`, *optional*):
+            Eq. 2.
+    """
+    items, numbers, places, first = [], [], [], 0
+    for item, view_of in enumerate(views):
+        for view in view_of.unique().tolist():
+            if view >= 0:
+                items.append(item)
+                numbers.append((view_of == view).nonzero()[:, 0])
+                places.append(numbers[-1] + first)
+        first += len(view_of)
+    features = torch.cat(list(runs))
+    number, place = (
+        pad_sequence(parts, batch_first=True).to(features.device, non_blocking=True) for parts in (numbers, places)
+    )
+    return VisualPools(
+        features=features[place],
+        saliency=saliency.to(features.device)[place],
+        relevance=None if relevance is None else relevance.to(features.device)[place],
+        items=items,
+        sizes=[len(pool) for pool in numbers],
+        numbers=number,
+        runs=runs,
+        grid=grid,
+        newlines=newlines,
+    )
 
 
 def split_budget(budget: int, sizes: list[int]) -> list[int]:
