@@ -22,10 +22,10 @@ demo: .venv/.installed
 	.venv/bin/fsr-hf demo
 
 test: .venv/.installed
-	.venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 test-floor: .venv-floor/.installed
-	.venv-floor/bin/python -m pytest -n 2 -m "not newest" $(PYTEST_ARGS)
+	.venv-floor/bin/python -m pytest -n 2 --dist loadgroup -m "not newest" $(PYTEST_ARGS)
 
 check: .venv/.installed
 	.venv/bin/ruff format --check

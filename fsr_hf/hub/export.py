@@ -145,6 +145,10 @@ def _find_weights(folder: Path) -> dict[str, Path]:
 
 def _make_config(folder: Path, clip_folder: Path | None, fsr_config: dict[str, Any]) -> tuple[Family, Any]:
     """The family of the checkpoint in `folder`, and its config with FSR."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds a PEFT adapter: export its base, or what `merge_and_unload()` makes of both."
+        )
     stock = _read_json(folder / _CONFIG)
     model_type = stock.pop("model_type", None)
     family = next((f for f in FAMILIES if model_type in (f.stock_model_type, f.config.model_type)), None)

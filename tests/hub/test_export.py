@@ -41,6 +41,7 @@ from fsr_hf.hub.flatten import flat_files
 
 
 SIDE = 28  # pixels, 4 x 4 patches
+in_one_worker = pytest.mark.xdist_group("clean processes")  # whose fixture takes long
 
 
 class Checkpoints(NamedTuple):
@@ -151,6 +152,7 @@ def generations(checkpoints, tmp_path_factory) -> list[tuple[Path, dict]]:
     return [(checkpoints.fsr, first_report), (second, second_report), (third, {})]
 
 
+@in_one_worker
 def test_folder_works_in_a_clean_process(generations):
     _, report = generations[0]
     assert report["missing"] == report["unexpected"] == []
@@ -168,11 +170,13 @@ def test_folder_works_in_a_clean_process(generations):
     assert report["fsr_hf"] == []
 
 
+@in_one_worker
 def test_no_trust_no_model(generations):
     for refusal in generations[0][1]["refusals"].values():
         assert "trust_remote_code=True" in refusal
 
 
+@in_one_worker
 def test_clean_process_computes_what_the_installed_package_does(checkpoints, generations):
     _, report = generations[0]
     model = FSRLlavaForConditionalGeneration.from_pretrained(checkpoints.fsr)
@@ -195,6 +199,7 @@ def test_clean_process_computes_what_the_installed_package_does(checkpoints, gen
     assert model.generate(**inputs, max_new_tokens=4, do_sample=False).tolist() == ids.tolist()
 
 
+@in_one_worker
 def test_generations_stay_equal(generations):
     (first, first_report), (second, second_report), (third, _) = generations
     for key in ("digest", "logits", "tokens", "pipeline", "missing", "classes"):
@@ -482,6 +487,7 @@ def test_hub_ids_carry_a_revision(checkpoints, tmp_path, monkeypatch):
         ("stock: config.json: model_type=opt", {}, "`model_type` 'opt'; there is FSR for 'llava', 'fsr_llava'"),
         ("stock: config.json: vision_config.model_type=siglip_vision_model", {}, "siglip_vision_model"),
         ("stock: remove model.safetensors", {}, "Pickled weights .* are refused"),
+        ("stock: add adapter_config.json", {}, "holds a PEFT adapter"),
         ("stock: nothing", {"fsr_config": {"relevance": "clip"}}, "name it with `text_encoder`"),
         ("stock: nothing", {"fsr_config": {"num_visual_tokens": 0}}, "num_visual_tokens=0"),
         ("stock: nothing", {"fsr_config": {"num_visual_tokens": 9, "retention_ratio": 0.5}}, "both set"),
@@ -498,6 +504,8 @@ def test_wrong_input_is_refused_before_any_work(change, options, error, checkpoi
     inputs[which] = shutil.copytree(inputs[which], tmp_path / which)
     if change.startswith("remove "):
         (inputs[which] / change.split()[1]).unlink()
+    elif change.startswith("add "):
+        (inputs[which] / change.split()[1]).write_text("{}")
     elif change.startswith("config.json: "):
         config = json.loads((inputs[which] / "config.json").read_text())
         path, _, value = change.removeprefix("config.json: ").partition("=")
