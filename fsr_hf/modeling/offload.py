@@ -12,8 +12,8 @@ __all__ = ["own_weights"]
 @contextmanager
 def own_weights(module: nn.Module) -> Iterator[None]:
     """
-    The parameters that `module` holds itself, such as `image_newline`, are at hand in this context, where a method of it
-    reads them and the module is not called. The modules within it need no help: they are called.
+    The parameters that `module` holds itself, such as `image_newline`, are at hand in this context, in which a method
+    reads them and the module is not called. Modules within it need no help: they are called.
     """
     hook = getattr(module, "_hf_hook", None)
     if hook is None:
