@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def export(
     folder = _fetch(source)
     if output_dir in (folder.resolve(), *folder.resolve().parents):
         raise ValueError(f"`output_dir` {output_dir} holds the source {folder}: choose another folder.")
-    clip_folder = None if text_encoder is None else _fetch(text_encoder)
+    clip_folder = None if text_encoder is None else _fetch_clip(text_encoder)
     weights = _find_weights(folder)
     family, config = _make_config(folder, clip_folder, fsr_config or {})
     with torch.device("meta"):
@@ -124,6 +125,12 @@ def _fetch(name: str | os.PathLike, weights: str = "*.safetensors") -> Path:
     except HFValidationError as error:
         raise ValueError(f"{str(name)!r} is neither a folder nor the id of a Hub repository.") from error
     return Path(folder)
+
+
+def _fetch_clip(name: str | os.PathLike) -> Path:
+    """As `_fetch`; of OpenAI's repositories, which have no safetensors of every CLIP, the pickled tensors."""
+    folder = _fetch(name)
+    return folder if list(folder.glob("*.safetensors")) else _fetch(name, _PICKLE)
 
 
 def _find_weights(folder: Path) -> dict[str, Path]:
@@ -192,9 +199,14 @@ def _read_text_side(clip_folder: Path, shapes: dict[str, torch.Size]) -> dict[st
     """The tensors of CLIP's text side under the names they have in an FSR model, mapped from the file."""
     names = {name.removeprefix(_TEXT_ENCODER): name for name in shapes}
     tensors: dict[str, torch.Tensor] = {}
-    if (clip_folder / _PICKLE).is_file() and not list(clip_folder.glob("*.safetensors*")):
-        # OpenAI's repositories: read as tensors, which runs nothing, and written as safetensors.
-        stored = torch.load(clip_folder / _PICKLE, map_location="cpu", weights_only=True, mmap=True)
+    if (clip_folder / _PICKLE).is_file() and not list(clip_folder.glob("*.safetensors")):
+        # Unpickled as tensors, which runs nothing, and written as safetensors.
+        try:
+            stored = torch.load(clip_folder / _PICKLE, map_location="cpu", weights_only=True, mmap=True)
+        except (UnpicklingError, RuntimeError) as error:
+            raise ValueError(
+                f"`text_encoder` {clip_folder}: {_PICKLE} holds more than tensors and is refused."
+            ) from error
         tensors = {names[name]: tensor for name, tensor in stored.items() if name in names}
     else:
         weights = _find_weights(clip_folder)

@@ -6,8 +6,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..configuration.configuration_fsr_llava import FSRLlavaConfig
 from ..configuration.configuration_fsr_llava_next import FSRLlavaNextConfig
+from ..configuration.configuration_fsr_qwen2_5_vl import FSRQwen2_5_VLConfig
 from ..modeling.modeling_fsr_llava import FSRLlavaForConditionalGeneration
 from ..modeling.modeling_fsr_llava_next import FSRLlavaNextForConditionalGeneration
+from ..modeling.modeling_fsr_qwen2_5_vl import FSRQwen2_5_VLForConditionalGeneration
 from ..processing.processing_fsr_llava import FSRLlavaProcessor
 from ..processing.processing_fsr_llava_next import FSRLlavaNextProcessor
 
@@ -46,4 +48,5 @@ class Family(NamedTuple):
 FAMILIES = (
     Family("llava", FSRLlavaConfig, FSRLlavaForConditionalGeneration, FSRLlavaProcessor),
     Family("llava_next", FSRLlavaNextConfig, FSRLlavaNextForConditionalGeneration, FSRLlavaNextProcessor),
+    Family("qwen2_5_vl", FSRQwen2_5_VLConfig, FSRQwen2_5_VLForConditionalGeneration, None),
 )

@@ -457,15 +457,26 @@ def test_shards_are_renamed_and_can_be_linked(checkpoints, tmp_path):
     assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in stock.state_dict().items())
 
 
-def test_text_encoder_of_pickled_tensors(checkpoints, tmp_path):
-    """OpenAI's repositories of the towers hold no safetensors; their tensors are read without running anything."""
+def test_text_encoder_of_pickled_tensors(checkpoints, tmp_path, monkeypatch):
+    """OpenAI's repositories hold no safetensors of every CLIP; the tensors are read without running anything."""
     clip = shutil.copytree(checkpoints.clip, tmp_path / "clip")
     torch.save(load_file(clip / "model.safetensors"), clip / "pytorch_model.bin")
     (clip / "model.safetensors").unlink()
-    folder = export(checkpoints.stock, tmp_path / "fsr", text_encoder=clip, progress=False)
+    asked = []
+
+    def snapshot_download(repo_id, allow_patterns, **kwargs):
+        asked.append(allow_patterns[0])
+        return str(clip)
+
+    monkeypatch.setattr("fsr_hf.hub.export.snapshot_download", snapshot_download)
+    folder = export(checkpoints.stock, tmp_path / "fsr", text_encoder="org/clip", progress=False)
+    assert asked == ["*.safetensors", "pytorch_model.bin"]
     shard = "model-00002-of-00002.safetensors"
     ours, theirs = load_file(folder / shard), load_file(checkpoints.fsr / shard)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    torch.save({"text_projection.weight": Path("runs code")}, clip / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds more than tensors and is refused"):
+        export(checkpoints.stock, tmp_path / "other", text_encoder=clip)
 
 
 def test_hub_ids_carry_a_revision(checkpoints, tmp_path, monkeypatch):
