@@ -103,6 +103,8 @@ class FSRGenerationMixin(GenerationMixin):
         question = self._check_query(query, fsr, len(input_ids)) if any(is_pruned) or return_selections else None
         embeddings = None
         if question is not None:
+            if not question[1].cpu()[[item.row for item in items]].any(-1).all():
+                logger.warning_once("A row has no question: FSR ranks its visual tokens by saliency alone.")
             embeddings = self.text_encoder.encode_query(*(tensor.to(input_ids.device) for tensor in question))
         pools = self.encode_visuals(items, embeddings, **visual)
         indices, features, kept, selections = select_from_pools(
@@ -149,8 +151,6 @@ class FSRGenerationMixin(GenerationMixin):
                 f"`query_attention_mask` must have the shape of `query_input_ids`, {tuple(input_ids.shape)}, but its "
                 f"shape is {tuple(attention_mask.shape)}."
             )
-        if not attention_mask.cpu().any(-1).all():
-            logger.warning_once("A row of the batch has no question: FSR ranks its visual tokens by saliency alone.")
         return input_ids, attention_mask
 
     def _pop_visual(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
