@@ -48,5 +48,6 @@ def newlines_of_rows(is_newline: torch.Tensor, first: int = 0) -> torch.Tensor:
     """
     ends = is_newline.nonzero()[:, 0]
     newlines = torch.full_like(is_newline, -1, dtype=torch.long)
-    newlines[first:] = ends[torch.searchsorted(ends, torch.arange(first, len(is_newline)))]
+    if len(ends):
+        newlines[first:] = ends[torch.searchsorted(ends, torch.arange(first, len(is_newline)))]
     return newlines
