@@ -1,7 +1,7 @@
 """The command line, `fsr-hf`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -15,11 +15,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # it would take "[...]" in a text for markup
     pretty_exceptions_enable=False,
 )
-
-
-@app.callback()
-def main() -> None:
-    """Keeps `export` a command of its own while it is the only one."""
 
 
 @app.command()
@@ -65,7 +60,106 @@ def export(
     typer.echo(f'{output_dir} is ready: AutoModel.from_pretrained("{output_dir}", trust_remote_code=True)')
 
 
-def _fail(error: Exception) -> None:
-    """Ends the command with the error in one line, and exit code 1."""
+@app.command()
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="FSR checkpoint: a folder or a Hub id.  [default: a small LLaVA of random weights]"),
+    ] = None,
+    keep: Annotated[Path | None, typer.Option(help="Folder to keep the small LLaVA in, for `fsr-hf explain`.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...  [default: a GPU if there is one]")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of the answers.")] = 12,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each question is asked; times are medians.")] = 3,
+) -> None:
+    """
+    Ask about three photographs, unpruned and pruned, and compare tokens, memory, times and answers.
+
+    The model is loaded by the Auto classes with trust_remote_code=True, in a process that cannot import this package:
+    the code in MODEL is what runs. Without MODEL nothing is downloaded, and it takes about a minute on two cores.
+
+    \b
+    Examples:
+      fsr-hf demo
+      fsr-hf demo --keep small-llava-fsr
+      fsr-hf demo ./llava-1.5-7b-fsr --device cuda
+    """
+    from .demo.run import run_demo
+
+    if model is not None and keep is not None:
+        _fail("--keep is for the small LLaVA that is built without MODEL: leave out one of the two", code=2)
+    try:
+        run_demo(model, keep=keep, device=device, max_new_tokens=max_new_tokens, repeats=repeats, echo=typer.echo)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        _fail(error)
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="FSR checkpoint: a folder or a Hub id.")],
+    image: Annotated[Path, typer.Argument(help="Image file, or a video for a model that takes videos.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write: .png, .jpg or .webp.")] = Path(
+        "explain.png"
+    ),
+    num_visual_tokens: Annotated[
+        int | None, typer.Option(help="Visual tokens to keep.  [default: the checkpoint's budget]")
+    ] = None,
+    retention_ratio: Annotated[
+        float | None, typer.Option(help="Share of the visual tokens to keep, in (0, 1], in place of a number.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 64,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...  [default: a GPU if there is one]")] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run the code in MODEL. Only a family that this version of fsr-hf does not have needs it.",
+        ),
+    ] = False,
+) -> None:
+    """
+    Draw which visual tokens of an image were kept for a question.
+
+    Focus tokens are orange, Scan anchors blue. What was dropped is dark; a line goes from each merged token to the
+    anchor that absorbed it. The image is shown as the vision tower saw it, cropped by the processor.
+
+    \b
+    Examples:
+      fsr-hf explain ./llava-1.5-7b-fsr cup.jpg "What is in the cup?" -o cup.png
+      fsr-hf explain org/llava-1.5-7b-fsr cup.jpg "What is in the cup?" --num-visual-tokens 64
+    """
+    if not image.is_file():
+        _fail(f"there is no file {image}", code=2)
+    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        _fail(f"cannot write {output}: choose a name that ends in .png, .jpg or .webp", code=2)
+    if not output.absolute().parent.is_dir():
+        _fail(f"cannot write {output}: there is no folder {output.absolute().parent}", code=2)
+
+    from .explain import explain as explain_answer
+    from .explain import load_fsr_model, load_visual
+
+    try:
+        visual = load_visual(image)
+    except OSError as error:
+        _fail(error, code=2)
+    budget = {"num_visual_tokens": num_visual_tokens, "retention_ratio": retention_ratio}
+    try:
+        loaded_model, processor = load_fsr_model(model, device, trust_remote_code or None)
+        explanation = explain_answer(
+            loaded_model, processor, visual, question, max_new_tokens=max_new_tokens, **budget
+        )
+        explanation.draw().image.save(output, quality=90)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        _fail(error)
+    counts = explanation.counts
+    typer.echo(explanation.answer)
+    typer.echo(
+        f"{output}: {counts['kept']} of {counts['tokens']} visual tokens kept, {counts['focus']} Focus and "
+        f"{counts['scan']} Scan; {counts['merged']} merged."
+    )
+
+
+def _fail(error: Exception | str, code: int = 1) -> NoReturn:
+    """Ends the command with the error in one line: exit code 2 for arguments that cannot be right, else 1."""
     typer.echo(f"fsr-hf: {' '.join(str(error).split())}", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(code)
