@@ -6,6 +6,7 @@ candidates with their scores, and its newlines. Everything else in the common su
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import anyres
 import torch
 from oracle import Layout, Pool, clip_scores
+from received import received_attention
 from transformers import (
     GenerationConfig,
     LlavaConfig,
@@ -20,10 +22,13 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )
 
 from fsr_hf.modeling.modeling_fsr_llava import FSRLlavaForConditionalGeneration
 from fsr_hf.modeling.modeling_fsr_llava_next import FSRLlavaNextForConditionalGeneration
+from fsr_hf.modeling.modeling_fsr_qwen2_5_vl import FSRQwen2_5_VLForConditionalGeneration
 
 
 __all__ = ["FAMILIES", "Family", "Item", "initialize", "llava_next_item", "llava_next_layout", "models"]
@@ -331,7 +336,83 @@ LLAVA_NEXT = Family(
 )
 
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAVA, LLAVA_NEXT)}
+# --- Qwen2.5-VL ---
+
+VIDEO_TOKEN, VISION_START, VISION_END = 198, 196, 197
+QWEN_VISION_CONFIG = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 4,
+    "patch_size": 4,
+    "temporal_patch_size": 2,
+    "window_size": 16,  # windows of 2 x 2 tokens
+    "fullatt_block_indexes": [2],
+    "out_hidden_size": TEXT_CONFIG["hidden_size"],
+    "tokens_per_second": 2,
+}
+QWEN_GRIDS = {"image": (1, 6, 10), "video": (3, 6, 6), "tall": (1, 14, 6)}  # in patches; 2 x 2 of them are a token
+
+
+def qwen_item(grid: tuple[int, int, int], generator: torch.Generator, modality: str = "image") -> Item:
+    """An image or a video of any size."""
+    pixels = torch.randn(math.prod(grid), 3 * 2 * 4 * 4, generator=generator)
+    length = math.prod(grid) // 4
+    if modality == "image":
+        token, inputs = IMAGE_TOKEN, {"pixel_values": pixels, "image_grid_thw": torch.tensor([grid])}
+    else:
+        inputs = {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([grid])}
+        token, inputs["second_per_grid_ts"] = VIDEO_TOKEN, torch.tensor([1.0])
+    return Item(modality, [VISION_START] + [token] * length + [VISION_END], inputs, length)
+
+
+def _qwen_token_types(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"mm_token_type_ids": (input_ids == IMAGE_TOKEN).int() + 2 * (input_ids == VIDEO_TOKEN).int()}
+
+
+def _qwen_layout(reference, item: Item, clip, query) -> Layout:
+    pixels, grid = list(item.inputs.values())[:2]
+    features = reference.get_image_features if item.modality == "image" else reference.get_video_features
+    run = torch.cat(list(features(pixels, grid).pooler_output))
+    saliency = received_attention(reference.model.visual, pixels, grid)
+    return Layout(run, [Pool(run, saliency, None, list(range(len(run))))])
+
+
+def _qwen_positions(reference, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    return reference.model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0]
+
+
+QWEN2_5_VL = Family(
+    name="qwen2_5_vl",
+    model_class=FSRQwen2_5_VLForConditionalGeneration,
+    config={
+        "vision_config": QWEN_VISION_CONFIG,
+        "text_config": {
+            "model_type": "qwen2_5_vl_text",
+            **TEXT_CONFIG,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
+        },
+        "image_token_id": IMAGE_TOKEN,
+        "video_token_id": VIDEO_TOKEN,
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+    },
+    reference_class=Qwen2_5_VLForConditionalGeneration,
+    reference_config_class=Qwen2_5_VLConfig,
+    make_item=lambda kind, generator: qwen_item(QWEN_GRIDS[kind], generator, "video" if kind == "video" else "image"),
+    layout=_qwen_layout,
+    placeholder_ids=(IMAGE_TOKEN, VIDEO_TOKEN),
+    kinds=tuple(QWEN_GRIDS),
+    fsr_config={"num_visual_tokens": 8, "rho": 0.3},
+    more_inputs=_qwen_token_types,
+    positions=_qwen_positions,
+    supports_guidance=False,
+    tower="model.visual",
+)
+
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAVA, LLAVA_NEXT, QWEN2_5_VL)}
 
 
 @functools.cache

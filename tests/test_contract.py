@@ -576,7 +576,7 @@ ASSISTANTS = {
 
 def wider(case):
     text_config = case.family.config["text_config"]
-    return {**text_config, "hidden_size": 2 * text_config["hidden_size"]}
+    return {**text_config, **{name: 2 * text_config[name] for name in ("hidden_size", "num_attention_heads")}}
 
 
 @pytest.mark.parametrize("assistant", ASSISTANTS)

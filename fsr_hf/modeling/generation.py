@@ -61,7 +61,10 @@ class FSRGenerationMixin(GenerationMixin):
         raise NotImplementedError
 
     def full_position_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **visual: Any) -> torch.Tensor:
-        """Positions `(..., batch, length)` of the whole prompt, used with `positions="original"`."""
+        """
+        Positions of the whole prompt, used with `positions="original"`: `(batch, length)`, or `(axes, batch, length)`
+        for a model that rotates by several.
+        """
         return _positions(attention_mask)
 
     def runs_stock(self, visual: dict[str, Any]) -> bool:
@@ -116,10 +119,11 @@ class FSRGenerationMixin(GenerationMixin):
         layout = lay_out(host_mask, items, kept, indices.to(input_ids.device))
         ids, mask = layout.gather(input_ids), layout.attention_mask(attention_mask)
         embeds = layout.embeds(self.get_input_embeddings()(ids), features)
+        position_ids = _positions(mask)
         if fsr.positions == "original":
-            position_ids = layout.gather(self.full_position_ids(input_ids, attention_mask, **visual))
-        else:
-            position_ids = _positions(mask)
+            full = layout.gather(self.full_position_ids(input_ids, attention_mask, **visual))
+            # Masks are made from a first row without gaps: a gap would be read as the end of a packed sequence.
+            position_ids = full if full.ndim == 2 else torch.cat([position_ids[None], full])
         return CompressedPrompt(layout, ids, embeds, mask, position_ids), selections
 
     def _check_query(self, query, fsr, batch_size: int):
@@ -317,8 +321,8 @@ class FSRGenerationMixin(GenerationMixin):
             sequences = view.restore(output)
         else:
             sequences = output.sequences = view.restore(output.sequences)
-            _mark_pruned(output.past_key_values)
-        _mark_pruned(kwargs.get("past_key_values"))
+            _mark_pruned(output.past_key_values, prompt)
+        _mark_pruned(kwargs.get("past_key_values"), prompt)
         if output_visual_selection:
             output["visual_selections"] = selections
         return sequences if isinstance(output, torch.Tensor) else output
@@ -464,7 +468,7 @@ class FSRGenerationMixin(GenerationMixin):
         }
         visual = None if fsr_enabled is False and self.runs_stock(kwargs) else self._pop_visual(kwargs)
         if visual is None:
-            _check_mask_of_pruned_cache(attention_mask, input_ids, kwargs)
+            _go_on_from_pruned_cache(attention_mask, input_ids, kwargs)
             return super().forward(**stock, **kwargs)
         fsr = self.config.fsr_config.override(num_visual_tokens, retention_ratio, fsr_enabled)
         if not fsr.enabled and self.runs_stock(visual):
@@ -504,7 +508,7 @@ class FSRGenerationMixin(GenerationMixin):
             "logits_to_keep": min(logits_to_keep, prompt.input_ids.shape[1]) if is_number and labels is None else 0,
         }
         outputs = super().forward(return_dict=True, **kwargs)
-        _mark_pruned(outputs.past_key_values)
+        _mark_pruned(outputs.past_key_values, prompt)
         outputs["logits"] = restore_logits(outputs.logits, prompt.layout.columns, input_ids.shape[1], logits_to_keep)
         if return_dict is None:
             return_dict = self.config.return_dict
@@ -542,9 +546,11 @@ def _cached_length(cache) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def _mark_pruned(cache) -> None:
+def _mark_pruned(cache, prompt: CompressedPrompt) -> None:
     if cache is not None:
         cache.is_fsr_pruned = True
+        # Add the number of a cache entry, and this is the position of what was written after the prompt.
+        cache.fsr_offset = prompt.position_ids[..., -1:] + 1 - prompt.input_ids.shape[1]
 
 
 def _refuse_pruned_cache(cache) -> None:
@@ -556,18 +562,26 @@ def _refuse_pruned_cache(cache) -> None:
         )
 
 
-def _check_mask_of_pruned_cache(attention_mask, input_ids, kwargs) -> None:
-    """A step of a caller's own decoding loop after a forward with pixels."""
+def _go_on_from_pruned_cache(attention_mask, input_ids, kwargs) -> None:
+    """A step of a caller's own decoding loop after a forward with pixels: its mask and its positions."""
     cache = kwargs.get("past_key_values")
-    if not getattr(cache, "is_fsr_pruned", False) or attention_mask is None or attention_mask.ndim != 2:
+    if not getattr(cache, "is_fsr_pruned", False):
+        return
+    cached = _cached_length(cache)
+    if not cached:  # emptied, and used anew
+        cache.is_fsr_pruned = False
         return
     new = input_ids if input_ids is not None else kwargs["inputs_embeds"]
-    expected = _cached_length(cache) + new.shape[1]
-    if attention_mask.shape[1] != expected:
+    expected = cached + new.shape[1]
+    if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] != expected:
         raise ValueError(
             f"`attention_mask` has {attention_mask.shape[1]} columns, but the cache of the compressed prompt and the "
             f"new tokens have {expected}. Its columns are those of the cache, not of the caller's prompt."
         )
+    if kwargs.get("position_ids") is None:
+        # The stock class would count the entries of the cache, or go on from what another call left behind.
+        offset = cache.fsr_offset.repeat_interleave(len(new) // cache.fsr_offset.shape[-2], dim=-2)
+        kwargs["position_ids"] = offset + torch.arange(cached, expected, device=offset.device)
 
 
 def _infer_attention_mask(input_ids: torch.Tensor, options: GenerationConfig) -> torch.Tensor:

@@ -56,7 +56,7 @@ def pool_views(
     saliency: torch.Tensor,
     relevance: torch.Tensor | None,
     grid: list[torch.Tensor],
-    newlines: list[torch.Tensor],
+    newlines: list[torch.Tensor] | None = None,
 ) -> VisualPools:
     """
     One pool for each view of each item.

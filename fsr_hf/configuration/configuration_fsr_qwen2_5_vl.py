@@ -1,0 +1,56 @@
+"""Configuration of Qwen2.5-VL with FSR."""
+
+from typing import ClassVar
+
+from transformers import PreTrainedConfig, Qwen2_5_VLConfig
+
+from .configuration_fsr import FSRConfig, FSRConfigMixin
+from .remote_code import RemoteCodeMixin
+
+
+__all__ = ["FSRQwen2_5_VLConfig"]
+
+
+class FSRQwen2_5_VLConfig(RemoteCodeMixin, FSRConfigMixin, Qwen2_5_VLConfig):
+    r"""
+    [`Qwen2_5_VLConfig`] with an [`FSRConfig`]. By default an image or a video keeps half of its tokens, whatever its
+    resolution, and the kept ones keep the positions (time, height, width) that they had in the full prompt.
+
+    Args:
+        fsr_config (`FSRConfig` or `dict`, *optional*):
+            The hyper-parameters of the pruning. All other arguments are those of [`Qwen2_5_VLConfig`]. Here a `"view"`
+            is a temporal slice of a video (two frames), and there are no newlines. `positions="compact"` numbers what
+            is left of the prompt one by one, visual tokens as if they were text. `relevance="clip"` is refused: this
+            vision tower comes from no CLIP, so there is no text encoder that a question could be compared in.
+
+    Example:
+
+    ```python
+    >>> from fsr_hf import FSRQwen2_5_VLConfig, FSRQwen2_5_VLForConditionalGeneration
+
+    >>> config = FSRQwen2_5_VLConfig(fsr_config={"retention_ratio": 0.2})
+    >>> model = FSRQwen2_5_VLForConditionalGeneration(config)
+    ```
+    """
+
+    model_type = "fsr_qwen2_5_vl"
+    sub_configs: ClassVar[dict] = {**Qwen2_5_VLConfig.sub_configs, "fsr_config": FSRConfig}
+    fsr_defaults: ClassVar[dict] = {
+        "retention_ratio": 0.5,
+        "relevance": "none",
+        "pool": "item",
+        "newline": "drop",
+        "positions": "original",
+    }
+
+    fsr_config: dict | PreTrainedConfig | None = None
+
+    def _complete_fsr_config(self, value):
+        config = super()._complete_fsr_config(value)
+        if config.uses_relevance or config.text_encoder_config is not None:
+            raise ValueError(
+                '`fsr_config.relevance="clip"` and `fsr_config.text_encoder_config` are not supported: the vision '
+                "tower of Qwen2.5-VL comes from no CLIP, so no text encoder shares a space with its patches. FSR "
+                'ranks them by saliency alone here: leave `relevance` at "none".'
+            )
+        return config

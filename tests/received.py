@@ -1,0 +1,63 @@
+"""
+Attention received in Qwen2.5-VL's vision tower, from the maps that its eager implementation computes, and the order of
+its windows, written out in loops.
+"""
+
+import torch
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+
+
+__all__ = ["attention_maps", "received_attention", "window_order"]
+
+
+@torch.no_grad()
+def attention_maps(tower, pixels: torch.Tensor, grid: torch.Tensor, block: int = -1) -> list[torch.Tensor]:
+    """
+    The maps `(heads, queries, keys)` of one block of a tower with eager attention, one for each chunk of patches that
+    attend to each other, in the order in which the tower works.
+    """
+    module, maps, eager = tower.blocks[block].attn, [], modeling_qwen2_5_vl.eager_attention_forward
+
+    def record(caller, *args, **kwargs):
+        output, weights = eager(caller, *args, **kwargs)
+        if caller is module:
+            maps.append(weights[0])
+        return output, weights
+
+    assert tower.config._attn_implementation == "eager"
+    modeling_qwen2_5_vl.eager_attention_forward = record
+    try:
+        tower(pixels, grid_thw=grid)
+    finally:
+        modeling_qwen2_5_vl.eager_attention_forward = eager
+    return maps
+
+
+def window_order(grid: torch.Tensor, side: int, merge: int) -> list[int]:
+    """
+    Which token of the merger's output each token of the blocks is: window by window, and row by row in each. `side` is
+    that of a window in tokens.
+    """
+    order, first = [], 0
+    for frames, height, width in grid.tolist():
+        height, width = height // merge, width // merge
+        for frame in range(frames):
+            for top in range(0, height, side):
+                for left in range(0, width, side):
+                    for row in range(top, min(top + side, height)):
+                        for column in range(left, min(left + side, width)):
+                            order.append(first + (frame * height + row) * width + column)
+        first += frames * height * width
+    return order
+
+
+def received_attention(tower, pixels: torch.Tensor, grid: torch.Tensor, block: int = -1) -> torch.Tensor:
+    """Attention received by each token `(tokens,)`, in the order of the merger's output."""
+    merge = tower.spatial_merge_size
+    received = torch.cat([weights.double().mean((0, 1)) for weights in attention_maps(tower, pixels, grid, block)])
+    order = window_order(grid, tower.window_size // merge // tower.patch_size, merge)
+    tokens = torch.zeros(len(order), dtype=torch.double)
+    for place, token in enumerate(order):
+        for patch in range(place * merge**2, (place + 1) * merge**2):
+            tokens[token] += received[patch] / merge**2
+    return tokens.float()
