@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import anyres
+import frames
 import torch
 from oracle import Layout, Pool, clip_scores
 from received import received_attention
@@ -21,6 +22,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -28,6 +31,7 @@ from transformers import (
 
 from fsr_hf.modeling.modeling_fsr_llava import FSRLlavaForConditionalGeneration
 from fsr_hf.modeling.modeling_fsr_llava_next import FSRLlavaNextForConditionalGeneration
+from fsr_hf.modeling.modeling_fsr_llava_video import FSRLlavaVideoForConditionalGeneration
 from fsr_hf.modeling.modeling_fsr_qwen2_5_vl import FSRQwen2_5_VLForConditionalGeneration
 
 
@@ -412,7 +416,137 @@ QWEN2_5_VL = Family(
 )
 
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAVA, LLAVA_NEXT, QWEN2_5_VL)}
+# --- LLaVA-Video ---
+
+SIGLIP_PIXELS, SIGLIP_SIDE = 35, 5  # of a frame or a view: an odd number of patches is pooled to 3 or to 2
+SIGLIP_VISION_CONFIG = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": SIGLIP_PIXELS,
+    "patch_size": SIGLIP_PIXELS // SIGLIP_SIDE,
+    "vision_use_head": False,
+}
+LLAVA_VIDEO_PINPOINTS = [[35, 70], [70, 35], [70, 70], [105, 35], [35, 105]]
+LLAVA_VIDEO_SIZES = {"image": (40, 65), "large": (90, 100)}  # the tokens of a large picture are interpolated
+LLAVA_VIDEO_MAX_VIEWS = 2
+
+
+def llava_video_item(num_frames: int, generator: torch.Generator) -> Item:
+    """A video."""
+    pixels = torch.randn(1, num_frames, 3, SIGLIP_PIXELS, SIGLIP_PIXELS, generator=generator)
+    length = num_frames * 3 * (3 + 1)
+    return Item("video", [VIDEO_TOKEN] * length, {"pixel_values_videos": pixels}, length)
+
+
+def llava_video_picture(size: tuple[int, int], generator: torch.Generator) -> Item:
+    """A picture of any height and width."""
+    views = anyres.num_views(size, LLAVA_VIDEO_PINPOINTS, SIGLIP_PIXELS)
+    pixels = torch.randn(1, views, 3, SIGLIP_PIXELS, SIGLIP_PIXELS, generator=generator)
+    _, rows, columns = _picture_rows(size)
+    length = SIGLIP_SIDE**2 + rows * (columns + 1)
+    inputs = {"pixel_values": pixels, "image_sizes": torch.tensor([size])}
+    return Item("image", [IMAGE_TOKEN] * length, inputs, length)
+
+
+def _picture_rows(size: tuple[int, int]) -> tuple[list[list[anyres.Token]], int, int]:
+    """The rows of patches that run through the tiles, and how many rows and columns they are interpolated to."""
+    lines: list[list[anyres.Token]] = [[]]
+    for token in anyres.pack(size, LLAVA_VIDEO_PINPOINTS, SIGLIP_PIXELS, SIGLIP_SIDE)[SIGLIP_SIDE**2 :]:
+        if token is None:
+            lines.append([])
+        else:
+            lines[-1].append(token)
+    rows, columns = len(lines) - 1, len(lines[0])
+    excess = math.sqrt(rows * columns / (LLAVA_VIDEO_MAX_VIEWS * SIGLIP_SIDE**2))
+    if excess > 1.1:
+        rows, columns = int(rows / excess), int(columns / excess)
+    return lines[:-1], rows, columns
+
+
+def _llava_video_make(kind: str, generator: torch.Generator) -> Item:
+    if kind == "video":
+        return llava_video_item(int(torch.randint(2, 5, (1,), generator=generator)), generator)
+    return llava_video_picture(LLAVA_VIDEO_SIZES[kind], generator)
+
+
+def _llava_video_collate(items: list[Item]) -> dict[str, torch.Tensor]:
+    """Views that pad a picture and frames that pad a video are NaN: nothing may look at them."""
+    inputs = {}
+    for name in ("pixel_values", "pixel_values_videos"):
+        parts = [item.inputs[name][0] for item in items if name in item.inputs]
+        if parts:
+            inputs[name] = torch.full((len(parts), max(map(len, parts)), *parts[0].shape[1:]), torch.nan)
+            for padded, part in zip(inputs[name], parts):
+                padded[: len(part)] = part
+        if parts and name == "pixel_values":
+            inputs["image_sizes"] = torch.cat([i.inputs["image_sizes"] for i in items if "image_sizes" in i.inputs])
+        elif parts:
+            inputs["video_num_frames"] = torch.tensor([len(part) for part in parts])
+    return inputs
+
+
+def llava_video_layout(reference, item: Item, clip, query, pool: str = "item", mode: str = "bilinear") -> Layout:
+    """The item as one pool, or in pools of one frame (or view, where its tokens belong to one) each."""
+    if item.modality == "video":
+        frames_of = item.inputs["pixel_values_videos"][0]
+        run, places = frames.frame_tokens(reference.model, frames_of, mode)
+        received = frames.received_attention(reference.model.vision_tower, frames_of)
+        maps = [frames.pool(view.view(SIGLIP_SIDE, SIGLIP_SIDE, 1), mode) for view in received]
+        scores = [None if place is None else maps[place[0]][place[1], place[2], 0] for place in places]
+        views = [None if place is None else place[0] for place in places]
+    else:
+        pixels, sizes = item.inputs["pixel_values"], item.inputs["image_sizes"]
+        run = torch.cat(list(reference.get_image_features(pixels, sizes).pooler_output))
+        received = frames.received_attention(reference.model.vision_tower, pixels[0])
+        received = received.view(-1, SIGLIP_SIDE, SIGLIP_SIDE)
+        lines, rows, columns = _picture_rows(tuple(sizes[0].tolist()))
+        picture = torch.stack([torch.stack([received[token] for token in line]) for line in lines])
+        is_large = picture.shape != (rows, columns)
+        picture = frames.resize(picture[..., None], rows, columns)[..., 0] if is_large else picture
+        scores, views = list(received[0].flatten()), [0] * SIGLIP_SIDE**2
+        for row, line in enumerate(picture):
+            scores += [*line, None]
+            views += [0 if is_large else lines[row][column][0] for column in range(columns)] + [None]
+    members: dict[int, list[int]] = {}
+    newlines: dict[int, list[int]] = {}
+    line = []
+    for number, view in enumerate(views):
+        if view is None:
+            newlines[number], line = line, []
+        else:
+            members.setdefault(view if pool == "view" else 0, []).append(number)
+            line += [number] if item.modality == "video" or number >= SIGLIP_SIDE**2 else []
+    pools = [Pool(run[n], torch.stack([scores[i] for i in n]), None, n) for n in members.values()]
+    return Layout(run, pools, newlines)
+
+
+LLAVA_VIDEO = Family(
+    name="llava_video",
+    model_class=FSRLlavaVideoForConditionalGeneration,
+    config={
+        "vision_config": SIGLIP_VISION_CONFIG,
+        "text_config": {"model_type": "qwen2", **TEXT_CONFIG},
+        "image_token_index": IMAGE_TOKEN,
+        "video_token_index": VIDEO_TOKEN,
+        "image_grid_pinpoints": LLAVA_VIDEO_PINPOINTS,
+        "vision_aspect_ratio": f"anyres_max_{LLAVA_VIDEO_MAX_VIEWS}",
+    },
+    reference_class=LlavaOnevisionForConditionalGeneration,
+    reference_config_class=LlavaOnevisionConfig,
+    make_item=_llava_video_make,
+    layout=llava_video_layout,
+    placeholder_ids=(IMAGE_TOKEN, VIDEO_TOKEN),
+    is_stock=False,
+    kinds=("video", *LLAVA_VIDEO_SIZES),
+    fsr_config={"num_visual_tokens": 9, "rho": 0.2},
+    collate=_llava_video_collate,
+)
+
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAVA, LLAVA_NEXT, QWEN2_5_VL, LLAVA_VIDEO)}
 
 
 @functools.cache
