@@ -15,7 +15,7 @@ help:
 	@echo "make demo        export a small LLaVA with FSR, load it in a clean process, compare pruned with unpruned"
 	@echo "make test        all tests, newest transformers"
 	@echo "make test-floor  the common tests, transformers $(FLOOR)"
-	@echo "make check       formatting, lint, types"
+	@echo "make check       formatting, lint, types, model cards"
 	@echo "make format      rewrite the code as 'make check' wants it"
 
 demo: .venv/.installed
@@ -31,6 +31,7 @@ check: .venv/.installed
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
 	.venv/bin/mypy
+	.venv/bin/python -m fsr_hf.hub.card_checks
 
 format: .venv/.installed
 	.venv/bin/ruff format
