@@ -382,7 +382,8 @@ def test_stock_error_where_the_prompt_is_too_long(case, surplus):
     max_length = case.length + surplus
     assert max_length > max(len(prompt.columns) for prompt in case.prompts) or surplus == -5
     messages = []
-    for model, inputs in ((case.reference, case.stock_inputs()), (case.model, case.inputs)):
+    text = {name: case.inputs[name] for name in ("input_ids", "attention_mask")}
+    for model, inputs in ((case.reference, text), (case.model, case.inputs)):
         with pytest.raises(ValueError, match=f"Input length of input_ids is {case.length}") as error:
             model.generate(**inputs, max_length=max_length, do_sample=False)
         messages.append(str(error.value))
@@ -416,6 +417,43 @@ def test_batches_of_other_make_up(case):
     padded["attention_mask"] = torch.cat([torch.zeros_like(extra), padded["attention_mask"]], dim=1)
     padded |= case.family.more_inputs(padded["input_ids"])
     assert torch.equal(case.generate(padded), case.expected[0])
+
+
+def test_items_that_touch(case):
+    """No text between two items, and none before or after them."""
+    family = case.family
+    rows = [
+        [BOS, family.item(seed=1), family.item(seed=2), 5],
+        [family.item(seed=3), family.item(family.kinds[-1], 4)],
+    ]
+    assert torch.equal(case.generate(family.inputs(rows)), case.oracle.decode(case.compress(rows), NEW)[0])
+
+
+def test_items_within_their_budget_beside_larger_ones(case):
+    """The budget is one less than the candidates of the largest item."""
+    layouts = [
+        case.family.layout(case.reference, part, None, None)
+        for row in case.rows
+        for part in row
+        if isinstance(part, Item)
+    ]
+    sizes = [sum(len(pool.numbers) for pool in layout.pools) for layout in layouts]
+    settings = {"num_visual_tokens": max(sizes) - 1}
+    prompts = case.compress(**settings)
+    pruned = [selection is not None for prompt in prompts for selection in prompt.selections]
+    assert pruned == [size == max(sizes) for size in sizes]
+    assert torch.equal(case.generate(**settings), case.oracle.decode(prompts, NEW)[0])
+    out = case.model.generate(
+        **case.inputs, **settings, max_new_tokens=2, return_dict_in_generate=True, output_visual_selection=True
+    )
+    for selection, is_pruned, layout in zip(out.visual_selections, pruned, layouts, strict=True):
+        candidates = sorted(number for pool in layout.pools for number in pool.numbers)
+        if is_pruned:
+            assert len(selection.indices) == len(candidates) - 1
+        else:
+            assert selection.indices.tolist() == candidates
+            assert torch.equal(selection.merged_into, torch.full((len(layout.run),), -1))
+            close(selection.features, layout.run[candidates])
 
 
 def test_mask_is_inferred_from_padding(case):
@@ -496,6 +534,19 @@ def test_greedy_under_options_of_the_machinery(case, options):
     if "offloaded" in options.get("cache_implementation", "") and not torch.cuda.is_available():
         pytest.skip("transformers' offloaded caches need CUDA streams")
     assert torch.equal(case.generate(**options), case.expected[0])
+
+
+def test_static_cache_used_again(case):
+    """transformers keeps a static cache from one call to the next."""
+    text = [BOS, 20, 21, 22]
+    expected = case.oracle.decode([case.oracle.compress(text)], 4)[0]
+    unpruned = case.oracle.decode(case.compress(case.rows[:1], enabled=False), 4)[0]
+    one = case.family.inputs(case.rows[:1])
+    for _ in range(2):
+        options = {"cache_implementation": "static", "max_new_tokens": 4}
+        assert torch.equal(case.generate(one, **options), case.expected[0][:1, :4])
+        assert torch.equal(case.generate(one, fsr_enabled=False, **options), unpruned)
+        assert torch.equal(case.generate(case.family.inputs([text], query=False), **options), expected)
 
 
 @pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"use_cache": False}], ids=str)
@@ -597,6 +648,45 @@ def test_assistant_without_pixels(case, candidates):
     for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": copy.deepcopy(case.model)}):
         assert torch.equal(case.generate(text, max_new_tokens=12, **options), expected)
     assert max(candidates) > 0
+
+
+def test_candidates_with_logits_processors(case, candidates):
+    """A processor sees candidates behind the caller's prompt."""
+
+    class Shift(LogitsProcessor):
+        """Depends on the length of what it sees, which it also notes."""
+
+        def __call__(self, input_ids, scores):
+            assert torch.equal(input_ids[0, :length], case.one["input_ids"][0])
+            return scores.roll(input_ids.shape[1], dims=-1)
+
+    length = case.one["input_ids"].shape[1]
+    expected = case.oracle.decode(
+        case.compress([case.repeated]), 12, lambda rows, logits: logits.roll(len(rows[0]), dims=-1).argmax(-1)
+    )[0]
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": copy.deepcopy(case.model)}):
+        processors = LogitsProcessorList([Shift()])
+        assert torch.equal(
+            case.generate(case.one, logits_processor=processors, max_new_tokens=12, **options), expected
+        )
+    assert max(candidates) > 0
+
+
+def test_candidates_for_an_unpruned_prompt(case, candidates):
+    expected = case.oracle.decode(case.compress([case.repeated], enabled=False), 12)[0]
+    assert not torch.equal(expected, case.expected_one[0])
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": case.model}):
+        for setting in ({"fsr_enabled": False}, {"num_visual_tokens": 10**6}):
+            assert torch.equal(case.generate(case.one, max_new_tokens=12, **options, **setting), expected)
+    assert candidates[0] == 3
+
+
+def test_as_the_assistant_of_the_stock_model(case, stock, candidates):
+    inputs = case.stock_inputs(case.one)
+    expected = stock.generate(**inputs, max_new_tokens=12, do_sample=False)
+    actual = stock.generate(**inputs, assistant_model=case.model, max_new_tokens=12, do_sample=False)
+    assert torch.equal(actual, expected)
+    assert candidates[0] > 0
 
 
 def test_assistant_with_callbacks(case, candidates):
@@ -1243,6 +1333,16 @@ def test_forward_without_a_mask(case):
         close(case.model(**inputs).logits[0, case.prompts[0].columns], expected)
 
 
+def test_forward_into_an_empty_cache(case):
+    cache = DynamicCache()
+    with torch.no_grad():
+        out = case.model(**case.inputs, past_key_values=cache)
+        assert out.past_key_values is cache
+        with pytest.raises(ValueError, match="`past_key_values` already holds tokens"):
+            case.model(**case.inputs, past_key_values=cache)
+    assert torch.equal(out.logits[:, -1].argmax(-1), case.expected[0][:, 0])
+
+
 def test_forward_of_text(case, stock):
     text = case.family.inputs([case.rows[2]], query=False)
     with torch.no_grad():
@@ -1257,6 +1357,7 @@ def test_forward_refuses_what_refers_to_the_whole_prompt(case, no_work):
     embeds = case.model.get_input_embeddings()(case.inputs["input_ids"])
     for options, message in (
         ({"position_ids": torch.arange(case.length)[None]}, "`position_ids` together with pixels"),
+        ({"shift_labels": case.inputs["input_ids"]}, "`shift_labels` together with pixels"),
         ({"cu_seq_lens_q": torch.tensor([0, 4])}, "`cu_seq_lens_q` together with pixels"),
         ({"inputs_embeds": embeds}, "`inputs_embeds` together with pixels"),
         ({"attention_mask": torch.ones(1, 1, 4, 4)}, "`attention_mask` must have the shape"),
