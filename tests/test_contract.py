@@ -800,9 +800,13 @@ def test_logits_processors_of_transformers(case):
 
 def test_penalties_in_a_batch(case):
     """Slack on the left of a row adds nothing to what the row has said."""
-    expected = case.oracle.decode(case.prompts, NEW, penalize(3.0))[0]
-    assert PAD not in case.expected[0]
-    assert torch.equal(case.generate(repetition_penalty=3.0), expected)
+
+    def choose(rows, logits):
+        return penalize(3.0)(rows, logits.index_fill(1, torch.tensor([PAD]), -math.inf))
+
+    expected = case.oracle.decode(case.prompts, NEW, choose)[0]
+    assert not torch.equal(expected, case.expected[0])
+    assert torch.equal(case.generate(repetition_penalty=3.0, suppress_tokens=[PAD]), expected)
 
 
 def test_watermark(case):
