@@ -332,19 +332,9 @@ def test_prefix_allowed_tokens_fn_sees_the_whole_prompt(case, options):
 
 @pytest.mark.parametrize("source", ["kwargs", "generation_config", "model", "kwargs over generation_config"])
 def test_lengths_count_the_whole_prompt(case, source, monkeypatch):
-    eos = int(case.expected[0][0, 1])
+    greedy = case.expected[0][:, :6]
+    eos = next(token for token in range(EOS, VOCAB_SIZE) if token not in greedy)
     lengths = {"max_length": case.length + 6, "min_length": case.length + 4, "eos_token_id": eos}
-
-    def choose(rows, logits):
-        is_early = len(rows[0]) < len(case.prompts[0].ids) + 4
-        return logits.index_fill(1, torch.tensor([eos]), -math.inf if is_early else 0).argmax(-1) if is_early else None
-
-    expected = case.oracle.decode(
-        case.prompts,
-        6,
-        lambda rows, logits: logits.argmax(-1) if choose(rows, logits) is None else choose(rows, logits),
-    )[0]
-    expected = after_eos(expected, eos)
     options = {"do_sample": False}
     if source == "kwargs":
         options |= lengths
@@ -355,14 +345,22 @@ def test_lengths_count_the_whole_prompt(case, source, monkeypatch):
     else:
         options["generation_config"] = GenerationConfig(max_length=case.length + 1, do_sample=False)
         options |= lengths
-    before = [
-        copy.deepcopy(c.to_dict()) for c in (case.model.generation_config, options.get("generation_config")) if c
-    ]
+    configs = [case.model.generation_config, options.get("generation_config", GenerationConfig())]
+    before = [copy.deepcopy(config.to_dict()) for config in configs]
     out = case.model.generate(**case.inputs, **options)
-    after = [c.to_dict() for c in (case.model.generation_config, options.get("generation_config")) if c]
-    assert before == after
-    assert torch.equal(out[:, : case.length], case.inputs["input_ids"])
-    assert torch.equal(out[:, case.length :], expected)
+    assert torch.equal(out, torch.cat([case.inputs["input_ids"], greedy], dim=1))
+
+    class Push(LogitsProcessor):
+        """EOS wherever it is allowed."""
+
+        def __call__(self, input_ids, scores):
+            scores[:, eos] += 1000
+            return scores
+
+    out = case.model.generate(**case.inputs, **options, logits_processor=LogitsProcessorList([Push()]))
+    ends = torch.full((len(greedy), 1), eos)
+    assert torch.equal(out, torch.cat([case.inputs["input_ids"], greedy[:, :4], ends], dim=1))
+    assert [config.to_dict() for config in configs] == before
 
 
 def test_default_length(case):

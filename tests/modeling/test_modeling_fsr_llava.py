@@ -1,6 +1,6 @@
 """What LLaVA-1.5 alone has: choices of the feature layer, and what it cannot prune."""
 
-import copy
+import dataclasses
 import logging
 
 import pytest
@@ -39,9 +39,7 @@ def layout_of_layer(layer):
 def test_feature_layers(inputs, layer):
     """The block whose output is the selected layer: 0-based block 3 for -1 of 4, 2 for -2, and so on."""
     model, reference = models("llava")
-    oracle = Oracle(FAMILY, model, reference)
-    oracle.family = copy.copy(FAMILY)
-    object.__setattr__(oracle.family, "layout", layout_of_layer(layer))
+    oracle = Oracle(dataclasses.replace(FAMILY, layout=layout_of_layer(layer)), model, reference)
     expected = oracle.decode([oracle.compress(row) for row in FAMILY.rows()], 4)[0]
     options = {"max_new_tokens": 4, "do_sample": False}
     length = inputs["input_ids"].shape[1]
@@ -166,6 +164,33 @@ def test_images_that_touch():
     rows = [[BOS, FAMILY.item(seed=1), FAMILY.item(seed=2), 5], [FAMILY.item(seed=3), FAMILY.item(seed=4)]]
     expected = oracle.decode([oracle.compress(row) for row in rows], 4)[0]
     assert torch.equal(model.generate(**FAMILY.inputs(rows), max_new_tokens=4, do_sample=False)[:, -4:], expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
+def test_original_positions(inputs, options):
+    """Kept tokens and text where they were in the full prompt; decoding goes on from there."""
+    model = FAMILY.build(fsr_config={"positions": "original"})
+    family = dataclasses.replace(FAMILY, positions=lambda _, inputs: inputs["attention_mask"].cumsum(-1) - 1)
+    oracle = Oracle(family, model, models("llava")[1])
+    prompts = [oracle.compress(row) for row in FAMILY.rows()]
+    expected = oracle.decode(prompts, 6)[0]
+    if "num_beams" in options:
+        expected = torch.stack([oracle.beam_search(prompt, 6, 2)[0][0] for prompt in prompts])
+    compact = Oracle(FAMILY, *models("llava"))
+    assert not torch.equal(compact.decode([compact.compress(FAMILY.rows()[0])], 6)[0], expected[:1])
+    out = model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)
+    assert torch.equal(out[:, -6:], expected)
+
+
+def test_original_positions_with_candidates():
+    model = FAMILY.build(fsr_config={"positions": "original"})
+    family = dataclasses.replace(FAMILY, positions=lambda _, inputs: inputs["attention_mask"].cumsum(-1) - 1)
+    oracle = Oracle(family, model, models("llava")[1])
+    row = [BOS, 5, FAMILY.item(), 10, 11, 12, 13, 14, 10, 11]
+    expected = oracle.decode([oracle.compress(row)], 10)[0]
+    for options in ({}, {"prompt_lookup_num_tokens": 3}, {"assistant_model": FAMILY.build(seed=0)}):
+        out = model.generate(**FAMILY.inputs([row]), max_new_tokens=10, do_sample=False, **options)
+        assert torch.equal(out[:, -10:], expected), options
 
 
 def test_missing_text_encoder_weights_are_refused(tmp_path):
