@@ -5,6 +5,8 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from .precision import without_autocast
+
 
 __all__ = ["CLIPRelevance"]
 
@@ -71,5 +73,5 @@ class CLIPRelevance(nn.Module):
             (Eq. 2), not inverted.
         """
         embeds = normalize(self.visual_projection(patches).float(), dim=-1)
-        with torch.autocast(embeds.device.type, enabled=False):
+        with without_autocast(embeds.device):
             return (embeds @ query.to(embeds.device)[..., None])[..., 0]

@@ -3,6 +3,8 @@
 import torch
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from .precision import without_autocast
+
 
 __all__ = ["attention_received", "cls_attention"]
 
@@ -29,7 +31,7 @@ def cls_attention(block: CLIPEncoderLayer, hidden_states: torch.Tensor) -> torch
     hidden_states = block.layer_norm1(hidden_states)
     query = attention.q_proj(hidden_states[:, :1]).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
     key = attention.k_proj(hidden_states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         weights = (query.float() * attention.scale @ key.float().transpose(-1, -2)).softmax(-1)  # [B, heads, 1, 1 + N]
     return weights.mean(1)[:, 0, 1:]
 
@@ -62,7 +64,7 @@ def attention_received(query: torch.Tensor, key: torch.Tensor, lengths: list[int
     """
     heads = query.shape[1]
     received = []
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         for queries, keys in zip(query.split(lengths), key.split(lengths)):
             queries, keys = (part.transpose(0, 1).float().contiguous() for part in (queries, keys))
             total = queries.new_zeros(heads, 1, queries.shape[1])  # queries, keys: [heads, length, head_dim]

@@ -1,0 +1,242 @@
+"""
+The published models in their full size, on the meta device: names and shapes of all parameters, and the shapes that a
+prompt goes through. There are no values in it, so nothing is loaded and nothing large is computed.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from anyres import num_views, pack
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+)
+
+from fsr_hf import FSRLlavaForConditionalGeneration, FSRLlavaNextForConditionalGeneration
+from fsr_hf.modeling.pools import select_from_pools
+from fsr_hf.modeling.prompt import lay_out
+
+
+# openai/clip-vit-large-patch14-336
+CLIP_VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+CLIP_TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "vocab_size": 49408,
+    "projection_dim": 768,
+}
+VICUNA_7B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32064,
+    "max_position_embeddings": 4096,
+}
+VICUNA_13B = {
+    **VICUNA_7B,
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
+MISTRAL_7B = {
+    **VICUNA_7B,
+    "model_type": "mistral",
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "sliding_window": None,
+}
+IMAGE_TOKEN = 32000
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    A prompt with one image or video.
+
+    Args:
+        inputs (`dict`): What the model takes beside `input_ids`, pixels on the meta device.
+        run (`list[int]`): The placeholders.
+        candidates, kept (`int`): Tokens of it that can be dropped, and those that are left under the default budget.
+    """
+
+    inputs: dict[str, Any]
+    run: list[int]
+    candidates: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Published:
+    """
+    Args:
+        name (`str`): The checkpoint.
+        model_class, stock_class, stock_config_class (`type`): Ours and the stock ones.
+        config (`dict`): Its config, as far as it differs from the stock defaults.
+        parameters (`float`): Of the stock model, in billions.
+        prompts (`dict[str, Callable]`): By name.
+        has_text_encoder (`bool`): Whether CLIP's text tower goes with it.
+    """
+
+    name: str
+    model_class: type
+    stock_class: type
+    stock_config_class: type
+    config: dict[str, Any]
+    parameters: float
+    prompts: dict[str, Callable[[], Prompt]] = field(default_factory=dict)
+    has_text_encoder: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# ---------------------------------------------------------------------- LLaVA-1.5
+
+
+def llava_prompt() -> Prompt:
+    inputs = {"pixel_values": torch.empty(1, 3, 336, 336, device="meta")}
+    return Prompt(inputs, [IMAGE_TOKEN] * 576, 576, 128)
+
+
+def llava(name: str, text_config: dict[str, Any], parameters: float) -> Published:
+    return Published(
+        name,
+        FSRLlavaForConditionalGeneration,
+        LlavaForConditionalGeneration,
+        LlavaConfig,
+        {"vision_config": CLIP_VISION, "text_config": text_config, "image_token_index": IMAGE_TOKEN},
+        parameters,
+        {"336x336": llava_prompt},
+    )
+
+
+# ---------------------------------------------------------------------- LLaVA-NeXT
+
+NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+def next_prompt(height: int, width: int) -> Prompt:
+    tokens = pack((height, width), NEXT_PINPOINTS, 336, 24)
+    candidates = len(tokens) - tokens.count(None)
+    views = num_views((height, width), NEXT_PINPOINTS, 336)
+    inputs = {
+        "pixel_values": torch.empty(1, views, 3, 336, 336, device="meta"),
+        "image_sizes": torch.tensor([[height, width]]),
+    }
+    return Prompt(inputs, [IMAGE_TOKEN] * len(tokens), candidates, round(candidates / 9))
+
+
+NEXT_PROMPTS = {
+    f"{height}x{width}": lambda size=(height, width): next_prompt(*size)
+    for height, width in ((672, 672), (480, 640), (1000, 300), (20, 1500))
+}
+
+
+def llava_next(name: str, text_config: dict[str, Any], parameters: float) -> Published:
+    return Published(
+        name,
+        FSRLlavaNextForConditionalGeneration,
+        LlavaNextForConditionalGeneration,
+        LlavaNextConfig,
+        {"vision_config": CLIP_VISION, "text_config": text_config, "image_token_index": IMAGE_TOKEN},
+        parameters,
+        NEXT_PROMPTS,
+    )
+
+
+PUBLISHED = [
+    llava("llava-1.5-7b", VICUNA_7B, 7.06),
+    llava("llava-1.5-13b", VICUNA_13B, 13.35),
+    llava_next("llava-v1.6-vicuna-7b", VICUNA_7B, 7.06),
+    llava_next("llava-v1.6-mistral-7b", MISTRAL_7B, 7.57),
+    llava_next("llava-v1.6-vicuna-13b", VICUNA_13B, 13.35),
+]
+PROMPTS = [pytest.param(model, name, id=f"{model}-{name}") for model in PUBLISHED for name in model.prompts]
+
+
+@functools.cache
+def build(name: str):
+    published = next(published for published in PUBLISHED if published.name == name)
+    fsr_config = {"text_encoder_config": CLIP_TEXT} if published.has_text_encoder else None
+    config = published.model_class.config_class(**published.config, fsr_config=fsr_config)
+    with torch.device("meta"):
+        return published.model_class(config).eval()
+
+
+def shapes(model) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("published", PUBLISHED, ids=str)
+def test_parameters_are_those_of_the_stock_class_and_the_text_tower(published):
+    with torch.device("meta"):
+        stock = published.stock_class(published.stock_config_class(**published.config))
+    expected = shapes(stock)
+    assert round(sum(math.prod(shape) for shape in expected.values()) / 1e9, 2) == published.parameters
+    if published.has_text_encoder:
+        with torch.device("meta"):
+            clip = CLIPModel(CLIPConfig(text_config=CLIP_TEXT, vision_config=CLIP_VISION, projection_dim=768))
+        text_side = ("text_model.", "text_projection.", "visual_projection.")
+        expected |= {
+            f"text_encoder.{name}": shape for name, shape in shapes(clip).items() if name.startswith(text_side)
+        }
+    assert shapes(build(published.name)) == expected
+
+
+@pytest.mark.parametrize(("published", "name"), PROMPTS)
+@torch.no_grad()
+def test_shapes_of_a_compressed_prompt(published, name):
+    model, prompt = build(published.name), published.prompts[name]()
+    fsr, hidden_size = model.config.fsr_config, model.config.get_text_config().hidden_size
+    ids = torch.tensor([[1, 2, *prompt.run, 3, 4, 5]])
+    items = model.find_items(ids, **prompt.inputs)
+    assert [(item.start, item.length) for item in items] == [(2, len(prompt.run))]
+    assert model.num_candidates(items, **prompt.inputs) == [prompt.candidates]
+    budget = fsr.budget(prompt.candidates)
+    assert budget == prompt.kept < prompt.candidates
+
+    query = None
+    if published.has_text_encoder:
+        chunks = torch.zeros(1, 2 * 77, dtype=torch.long, device="meta")
+        query = model.text_encoder.encode_query(chunks, torch.ones_like(chunks))
+        assert query.shape == (1, CLIP_TEXT["projection_dim"])
+    pools = model.encode_visuals(items, query, **prompt.inputs)
+    assert sum(pools.sizes) == prompt.candidates
+    assert pools.features.shape[-1] == hidden_size and len(pools.runs[0]) == len(prompt.run)
+    assert (pools.relevance is None) == (query is None)
+    indices, features, kept, selections = select_from_pools(pools, items, [budget], [True], fsr, True)
+    assert kept == [budget] and indices.shape == (budget,) and features.shape == (budget, hidden_size)
+    assert selections[0].features.shape == features.shape and selections[0].grid.shape == (len(prompt.run), 3)
+
+    layout = lay_out(torch.ones_like(ids), items, kept, torch.arange(budget))
+    embeds = layout.embeds(model.get_input_embeddings()(layout.gather(ids).to("meta")), features)
+    assert embeds.shape == (1, 5 + budget, hidden_size)
+    outputs = model.model.language_model(inputs_embeds=embeds, use_cache=True)  # the mask would be looked at
+    assert outputs.last_hidden_state.shape == embeds.shape
+    assert outputs.past_key_values.get_seq_length() == 5 + budget
