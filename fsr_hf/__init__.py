@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from .configuration.configuration_fsr import FSRConfig
 from .configuration.configuration_fsr_llava import FSRLlavaConfig
 from .configuration.configuration_fsr_llava_next import FSRLlavaNextConfig
+from .configuration.configuration_fsr_llava_video import FSRLlavaVideoConfig
 from .configuration.configuration_fsr_qwen2_5_vl import FSRQwen2_5_VLConfig
 from .configuration.remote_code import RemoteCodeMixin
 from .hub.export import export
@@ -20,9 +21,11 @@ from .hub.flatten import write_remote_code
 from .modeling.fsr import VisualSelection, select_visual_tokens
 from .modeling.modeling_fsr_llava import FSRLlavaForConditionalGeneration
 from .modeling.modeling_fsr_llava_next import FSRLlavaNextForConditionalGeneration
+from .modeling.modeling_fsr_llava_video import FSRLlavaVideoForConditionalGeneration
 from .modeling.modeling_fsr_qwen2_5_vl import FSRQwen2_5_VLForConditionalGeneration
 from .processing.processing_fsr_llava import FSRLlavaProcessor
 from .processing.processing_fsr_llava_next import FSRLlavaNextProcessor
+from .processing.processing_fsr_llava_video import FSRLlavaVideoProcessor
 
 
 __all__ = [
@@ -33,6 +36,9 @@ __all__ = [
     "FSRLlavaNextForConditionalGeneration",
     "FSRLlavaNextProcessor",
     "FSRLlavaProcessor",
+    "FSRLlavaVideoConfig",
+    "FSRLlavaVideoForConditionalGeneration",
+    "FSRLlavaVideoProcessor",
     "FSRQwen2_5_VLConfig",
     "FSRQwen2_5_VLForConditionalGeneration",
     "VisualSelection",

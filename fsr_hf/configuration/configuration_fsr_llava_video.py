@@ -12,7 +12,7 @@ from .remote_code import RemoteCodeMixin
 __all__ = ["FSRLlavaVideoConfig", "convert_original_config", "is_original_config"]
 
 # The towers that original checkpoints name, less the last block, which nothing reads.
-_TOWERS = {
+_TOWERS: dict[str, dict[str, Any]] = {
     "google/siglip-so400m-patch14-384": {
         "model_type": "siglip_vision_model",
         "hidden_size": 1152,

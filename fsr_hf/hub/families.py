@@ -6,12 +6,16 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..configuration.configuration_fsr_llava import FSRLlavaConfig
 from ..configuration.configuration_fsr_llava_next import FSRLlavaNextConfig
+from ..configuration.configuration_fsr_llava_video import FSRLlavaVideoConfig
 from ..configuration.configuration_fsr_qwen2_5_vl import FSRQwen2_5_VLConfig
 from ..modeling.modeling_fsr_llava import FSRLlavaForConditionalGeneration
 from ..modeling.modeling_fsr_llava_next import FSRLlavaNextForConditionalGeneration
+from ..modeling.modeling_fsr_llava_video import FSRLlavaVideoForConditionalGeneration
 from ..modeling.modeling_fsr_qwen2_5_vl import FSRQwen2_5_VLForConditionalGeneration
 from ..processing.processing_fsr_llava import FSRLlavaProcessor
 from ..processing.processing_fsr_llava_next import FSRLlavaNextProcessor
+from ..processing.processing_fsr_llava_video import FSRLlavaVideoProcessor
+from ..processing.query import QueryProcessorMixin
 
 
 __all__ = ["FAMILIES", "Family"]
@@ -28,6 +32,11 @@ class Family(NamedTuple):
     @property
     def classes(self) -> tuple[type, ...]:
         return tuple(cls for cls in (self.config, self.model, self.processor) if cls is not None)
+
+    @property
+    def takes_text_encoder(self) -> bool:
+        """Whether a CLIP text tower can be a part of the model: its processor makes the query."""
+        return self.processor is not None and issubclass(self.processor, QueryProcessorMixin)
 
     @property
     def auto_map(self) -> dict[str, str]:
@@ -49,4 +58,5 @@ FAMILIES = (
     Family("llava", FSRLlavaConfig, FSRLlavaForConditionalGeneration, FSRLlavaProcessor),
     Family("llava_next", FSRLlavaNextConfig, FSRLlavaNextForConditionalGeneration, FSRLlavaNextProcessor),
     Family("qwen2_5_vl", FSRQwen2_5_VLConfig, FSRQwen2_5_VLForConditionalGeneration, None),
+    Family("llava_onevision", FSRLlavaVideoConfig, FSRLlavaVideoForConditionalGeneration, FSRLlavaVideoProcessor),
 )

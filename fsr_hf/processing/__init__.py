@@ -2,6 +2,7 @@
 
 from .processing_fsr_llava import FSRLlavaProcessor
 from .processing_fsr_llava_next import FSRLlavaNextProcessor
+from .processing_fsr_llava_video import FSRLlavaVideoProcessor
 
 
-__all__ = ["FSRLlavaNextProcessor", "FSRLlavaProcessor"]
+__all__ = ["FSRLlavaNextProcessor", "FSRLlavaProcessor", "FSRLlavaVideoProcessor"]
