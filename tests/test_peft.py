@@ -30,6 +30,11 @@ def family(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def lora(target_modules=LANGUAGE_MODEL, task_type="CAUSAL_LM", **kwargs):
     """LoRA whose two factors are random, so that it does something before it is trained."""
     kwargs = {"r": 4, "lora_alpha": 16, "init_lora_weights": False, **kwargs}
@@ -179,7 +184,6 @@ def test_modules_that_are_trained_whole(family, modules):
 @pytest.mark.parametrize("target_modules", [LANGUAGE_MODEL, EVERYWHERE], ids=["language model", "everywhere"])
 def test_gradient_checkpointing_with_a_frozen_base(family, use_reentrant, target_modules):
     """Nothing before the first adapter needs a gradient, unless `enable_input_require_grads` says so."""
-    torch.manual_seed(0)
     adapted = get_peft_model(family.build(), lora(target_modules)).train()
     batch = training_batch(family)
 

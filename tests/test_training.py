@@ -1,11 +1,12 @@
 """Training with pruning on: gradients, checkpointing, mixed precision, Trainer, distributed data parallel."""
 
 import copy
+from inspect import signature
 
 import pytest
 import torch
-from families import FAMILIES, models
-from torch.nn.functional import cross_entropy, log_softmax, pad
+from families import FAMILIES, Item, models
+from torch.nn.functional import cross_entropy, log_softmax
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
@@ -19,6 +20,11 @@ QUERY = ("query_input_ids", "query_attention_mask")
 @pytest.fixture(params=FAMILIES.values(), ids=str)
 def family(request):
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
 # ---------------------------------------------------------------------- batches
@@ -295,31 +301,36 @@ def test_trainer_treats_the_class_as_the_stock_one(family):
 # ---------------------------------------------------------------------- Trainer
 
 
-def as_dataset(family, rows=None, number=None):
-    """One dict of tensors for each row, and a column that no model reads."""
-    rows = (family.rows() if rows is None else rows)[:number]
-    examples = []
-    for row, parts in enumerate(rows):
-        example = batch_with_answers(family, [[40 + row, 41, 42, 43][: 4 - row % 2]], rows=[parts])
-        shape = example["input_ids"].shape
-        # Rows of tokens without the batch dimension, so that `collate` knows them from pixels and questions.
-        examples.append({name: v[0] if v.shape == shape else v for name, v in example.items()} | {"note": "a dog"})
-    return examples
+def as_dataset(family, answers=None, number=None):
+    """
+    A dict for each row, with a column that no model reads. Images and videos are in the column of pixels, as they are
+    before a processor has seen them.
+    """
+    dataset = []
+    for row, parts in enumerate(family.rows()[:number]):
+        answer = [40 + row, 41, 42, 43][: 4 - row % 2] if answers is None else answers[row]
+        example = batch_with_answers(family, [answer], rows=[parts])
+        columns = {name: example[name][0] for name in ("input_ids", "attention_mask", "labels")}
+        columns |= {name: example[name] for name in QUERY if name in example}
+        dataset.append(columns | {"pixel_values": [part for part in parts if isinstance(part, Item)], "note": "a dog"})
+    return dataset
 
 
-def collate(examples):
-    """Right-padded rows; pixels and questions one after the other, padded with zeros where their shapes differ."""
-    assert not any("note" in example for example in examples)
-    batch = {}
-    for name in dict.fromkeys(name for example in examples for name in example):
-        values = [example[name] for example in examples if name in example]
-        if values[0].ndim == 1:
-            batch[name] = pad_sequence(values, True, IGNORED if name == "labels" else 0)
-        else:
-            shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values))]
-            pads = [[p for n, have in zip(shape[::-1], value.shape[:0:-1]) for p in (0, n - have)] for value in values]
-            batch[name] = torch.cat([pad(value, sizes) for value, sizes in zip(values, pads)])
-    return batch
+def collate_with(family):
+    """A collator that pads rows on the right."""
+
+    def collate(examples):
+        assert not any("note" in example for example in examples)
+        values = {name: [example[name] for example in examples] for name in examples[0]}
+        batch = {
+            name: pad_sequence(values[name], True, IGNORED if name == "labels" else 0)
+            for name in ("input_ids", "attention_mask", "labels")
+        }
+        batch |= {name: torch.cat(values[name]) for name in QUERY if name in values}
+        items = [item for row in values["pixel_values"] for item in row]
+        return batch | family.more_inputs(batch["input_ids"]) | (family.collate(items) if items else {})
+
+    return collate
 
 
 def make_trainer(model, family, folder, train=None, evaluation=None, more=None, **arguments):
@@ -339,7 +350,12 @@ def make_trainer(model, family, folder, train=None, evaluation=None, more=None, 
     )
     train = as_dataset(family) if train is None else train
     return Trainer(
-        model, settings, data_collator=collate, train_dataset=train, eval_dataset=evaluation, **(more or {})
+        model,
+        settings,
+        data_collator=collate_with(family),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        **(more or {}),
     )
 
 
@@ -350,37 +366,38 @@ def logged_losses(trainer):
 def test_trainer(family, tmp_path):
     """`remove_unused_columns` is on by default: the columns that FSR reads stay, others go."""
     model = family.build()
-    seen = []
-    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs.keys()), with_kwargs=True)
+    seen = set()
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
     before = copy.deepcopy(model.state_dict())
     trainer = make_trainer(model, family, tmp_path / "run", max_steps=6, optim="adamw_torch", learning_rate=2e-3)
     trainer.train()
     losses = logged_losses(trainer)
     assert len(losses) == 6 and losses[-1] < 0.7 * losses[0]
-    batch = collate([{k: v for k, v in example.items() if k != "note"} for example in as_dataset(family)])
-    assert batch.keys() <= seen[0]
-    assert any(name in batch for name in QUERY) == family.has_text_encoder
+    batch = batch_with_answers(family)
+    assert batch.keys() <= seen
+    assert batch.keys() <= signature(model.forward).parameters.keys()
+    assert any(name in seen for name in QUERY) == family.has_text_encoder
     for name, value in model.state_dict().items():
         if name.startswith("text_encoder."):
             assert torch.equal(value, before[name])
 
     trainer.save_model(tmp_path / "saved")
     again = type(model).from_pretrained(tmp_path / "saved")
-    batch = batch_with_answers(family)
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
 
 
 def test_gradient_accumulation_is_one_large_batch(family, tmp_path):
-    """One row has no picture, two have different numbers of labels."""
+    """One row has no picture. Rows have different numbers of labels, if the class takes the number in all of them."""
     weights = []
     for size, steps in ((3, 1), (1, 3)):
         model = family.build()
+        answers = None if getattr(model, "accepts_loss_kwargs", True) else [[40, 41]] * 3
         trainer = make_trainer(
             model,
             family,
             tmp_path,
-            train=as_dataset(family, number=3),
+            train=as_dataset(family, answers, number=3),
             per_device_train_batch_size=size,
             gradient_accumulation_steps=steps,
         )
@@ -414,8 +431,9 @@ def test_evaluation(family, tmp_path):
     seen = {}
 
     def compute_metrics(prediction):
-        seen["shape"] = prediction.predictions.shape
-        predictions, labels = prediction.predictions.argmax(-1)[:, :-1], prediction.label_ids[:, 1:]
+        logits = prediction.predictions
+        seen["shape"] = logits.shape
+        predictions, labels = logits.argmax(-1)[:, :-1], prediction.label_ids[:, 1:]
         mask = labels != IGNORED
         return {"accuracy": float(((predictions == labels) & mask).sum() / mask.sum()), "labels": int(mask.sum())}
 
@@ -455,11 +473,7 @@ def test_evaluation_with_argmax_before_gathering(family, tmp_path):
     rows = family.rows()
     inputs = family.inputs(rows)
     answers = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :].tolist()
-    dataset = []
-    for row, answer in zip(rows, answers):
-        example = batch_with_answers(family, [answer], rows=[row])
-        shape = example["input_ids"].shape
-        dataset.append({name: v[0] if v.shape == shape else v for name, v in example.items()})
+    dataset = as_dataset(family, answers)
 
     def compute_metrics(prediction):
         predictions, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]

@@ -213,6 +213,7 @@ class FSRConfigMixin:
         "past_key_values",
         "image_hidden_states",
         "video_hidden_states",
+        "rope_deltas",
     ]
 
     def __setattr__(self, name: str, value: Any) -> None:
