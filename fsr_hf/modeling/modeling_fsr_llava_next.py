@@ -23,7 +23,7 @@ __all__ = ["FSRLlavaNextForConditionalGeneration"]
 
 
 class FSRLlavaNextForConditionalGeneration(RemoteCodeMixin, CLIPTowerMixin, LlavaNextForConditionalGeneration):
-    """
+    r"""
     [`LlavaNextForConditionalGeneration`] that keeps the visual tokens of each image that matter for the question
     (Focus-Scan-Refine, [arXiv 2602.05809](https://arxiv.org/abs/2602.05809)).
 
@@ -41,6 +41,20 @@ class FSRLlavaNextForConditionalGeneration(RemoteCodeMixin, CLIPTowerMixin, Llav
         config (`FSRLlavaNextConfig`):
             With `fsr_config.text_encoder_config`, the model has the CLIP text tower as `text_encoder` and ranks tokens
             by saliency and relevance; without, by saliency alone.
+
+    Example:
+
+    ```python
+    >>> from PIL import ImageOps
+    >>> from transformers import AutoModel, AutoProcessor
+
+    >>> grid = {"image_grid_pinpoints": [[672, 672]]}  # the published setting
+    >>> model = AutoModel.from_pretrained("org/llava-v1.6-vicuna-7b-fsr", trust_remote_code=True, **grid)
+    >>> processor = AutoProcessor.from_pretrained("org/llava-v1.6-vicuna-7b-fsr", trust_remote_code=True, **grid)
+    >>> image = ImageOps.pad(image, (max(image.size),) * 2)
+    >>> inputs = processor(images=image, text="USER: <image>\nWhat is this? ASSISTANT:", return_tensors="pt")
+    >>> out = model.generate(**inputs, num_visual_tokens=640, max_new_tokens=64)  # 5 x 128
+    ```
     """
 
     config_class = FSRLlavaNextConfig

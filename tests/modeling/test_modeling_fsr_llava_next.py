@@ -281,6 +281,22 @@ def test_a_picture_within_the_budget_stays_bit_for_bit(model, settings, pool, ne
         assert len(selection.grid) == image.length
 
 
+@pytest.mark.parametrize("newline", ["drop", "keep"])
+def test_original_positions(settings, newline):
+    """Kept tokens and the words after them are where they were in the full prompt, and decoding goes on from there."""
+    settings(newline=newline, positions="original")
+    model, reference = models("llava_next")
+    rows = [row((100, 140), (20, 1500)), row((30, 190)), [BOS, 5, 6, 7]]
+    family = replace(FAMILY, positions=lambda _, inputs: inputs["attention_mask"].cumsum(-1) - 1)
+    answers = Oracle(family, model, reference)
+    prompts = [answers.compress(parts) for parts in rows]
+    assert prompts[0].positions[0, -1] == len(prompts[0].ids) - 1 > len(prompts[0].embeds)
+    expected, _ = answers.decode(prompts, 6)
+    inputs = FAMILY.inputs(rows)
+    new = model.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]
+    assert torch.equal(new, expected)
+
+
 # ---------------------------------------------------------------------- training
 
 
@@ -359,6 +375,8 @@ def test_saved_and_loaded(model, tmp_path):
     assert loaded.config.fsr_config.to_dict() == model.config.fsr_config.to_dict()
     batch = FAMILY.inputs(FAMILY.rows())
     assert torch.equal(loaded.generate(**batch, max_new_tokens=4), model.generate(**batch, max_new_tokens=4))
+    changed = AutoModel.from_pretrained(tmp_path, image_grid_pinpoints=[[112, 112]])
+    assert changed.config.image_grid_pinpoints == [[112, 112]]
 
 
 # ---------------------------------------------------------------------- refused before any work
