@@ -264,10 +264,13 @@ class FSRQwen2_5_VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin,
         >>> out = model.generate(**inputs, max_new_tokens=64)
         ```
         """
-        if position_ids is None and not (past_key_values is not None and past_key_values.get_seq_length()):
-            # A new sequence: the stock class would go on from the positions of an earlier one.
-            self.model.rope_deltas = None
-        return super().forward(
+        # The stock class keeps the offset from entries of the cache to positions on the model, where an earlier call,
+        # whatever its prompt was, has left its own. It belongs to the cache.
+        is_start = past_key_values is None or not past_key_values.get_seq_length()
+        if position_ids is None:
+            deltas = None if is_start else getattr(past_key_values, "rope_deltas", self.model.rope_deltas)
+            self.model.rope_deltas = deltas
+        outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -287,6 +290,10 @@ class FSRQwen2_5_VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin,
             fsr_enabled=fsr_enabled,
             **kwargs,
         )
+        cache = getattr(outputs, "past_key_values", past_key_values)
+        if position_ids is None and is_start and cache is not None:
+            cache.rope_deltas = self.model.rope_deltas
+        return outputs
 
 
 def _to_host(value):

@@ -2,7 +2,8 @@
 
 import string
 
-from transformers import CLIPImageProcessor, CLIPTokenizer, LlamaTokenizer
+from transformers import CLIPImageProcessor, CLIPTokenizer, LlamaTokenizer, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation
@@ -14,6 +15,17 @@ LLAVA_TEMPLATE = (
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{% generation %}"
     "{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+# The template of Qwen/Qwen2.5-VL-7B-Instruct, without numbered pictures.
+QWEN_VL_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -40,3 +52,14 @@ def clip_tokenizer(**kwargs) -> CLIPTokenizer:
 def clip_image_processor(side: int = 28) -> CLIPImageProcessor:
     """CLIP's image processor for square images of `side` pixels."""
     return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+def qwen_tokenizer(**kwargs) -> Qwen2Tokenizer:
+    """A Qwen2 tokenizer of bytes with the special tokens of Qwen2.5-VL, padding on the left."""
+    special = ("image_pad", "video_pad", "vision_start", "vision_end", "im_start", "im_end")
+    kwargs = {
+        "extra_special_tokens": {f"{name}_token": f"<|{name}|>" for name in special},
+        "padding_side": "left",
+    } | kwargs
+    vocab = {character: number for number, character in enumerate(bytes_to_unicode().values())}
+    return Qwen2Tokenizer(vocab=vocab, merges=[], **kwargs)
