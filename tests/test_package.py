@@ -22,6 +22,8 @@ PUBLIC = [
     "FSRLlavaVideoConfig",
     "FSRLlavaVideoForConditionalGeneration",
     "FSRLlavaVideoProcessor",
+    "FSRQwen2_5_VLConfig",
+    "FSRQwen2_5_VLForConditionalGeneration",
     "VisualSelection",
     "__version__",
     "export",
