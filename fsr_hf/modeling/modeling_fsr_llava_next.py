@@ -103,7 +103,8 @@ class FSRLlavaNextForConditionalGeneration(RemoteCodeMixin, CLIPTowerMixin, Llav
         else:
             views = [run.clamp(max=0) for run in runs]
         firsts = torch.tensor([0, *num_views]).cumsum(0) * area
-        patch = torch.cat([run.clamp(min=0) + first for run, first in zip(runs, firsts)]).to(saliency.device)
+        patch = torch.cat([run.clamp(min=0) + first for run, first in zip(runs, firsts)])  # anything for a newline
+        patch = patch.to(saliency.device, non_blocking=True)
         return pool_views(
             outputs.pooler_output,
             views,
