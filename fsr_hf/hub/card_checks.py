@@ -105,8 +105,8 @@ def _check_code(text: str) -> list[str]:
             if keywords.get("trust_remote_code") != "True":
                 faults.append(f"python: `{loader}` without trust_remote_code=True")
             # A name stands for the repository, a text for a folder that the example has written.
-            source_name = keywords.get("model", ast.unparse(call.args[0]))
-            if source_name.isidentifier() and "revision" not in keywords:
+            place = keywords.get("model") or ast.unparse(call.args[0])
+            if place.isidentifier() and "revision" not in keywords:
                 faults.append(f"python: `{loader}` pins no revision")
             trusted.add(loader)
     missing = {"AutoModel", "AutoProcessor"} - trusted

@@ -5,6 +5,7 @@ config says.
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import cache
@@ -19,7 +20,16 @@ from packaging.requirements import Requirement
 from .. import __version__
 
 
-__all__ = ["card_data", "card_folder", "card_names", "default_budget", "render_card", "write_card"]
+__all__ = [
+    "address_card",
+    "card_data",
+    "card_folder",
+    "card_names",
+    "default_budget",
+    "read_base",
+    "render_card",
+    "write_card",
+]
 
 _TOKENS, _SHARE = "num_visual_tokens", "retention_ratio"
 _BASE_METADATA = ("license", "license_name", "license_link", "language")
@@ -200,6 +210,34 @@ def write_card(
     return file
 
 
+def read_base(source: str | os.PathLike, folder: Path) -> tuple[str | None, dict[str, Any]]:
+    """
+    What an export of `source`, whose files are in `folder`, comes from, as [`write_card`] takes it: the Hub id of its
+    base, if there is one, and the metadata of the base's card. A checkpoint with FSR has the base that its card names.
+    """
+    metadata: dict[str, Any] = {}
+    if (folder / "README.md").is_file():
+        card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+        metadata = card.data.to_dict()
+    if "focus-scan-refine" in metadata.get("tags", []):
+        return metadata.get("base_model"), metadata
+    in_cache = re.search(r"models--([^/]+)--([^/]+)/snapshots/[^/]+$", folder.resolve().as_posix())
+    if not os.path.isdir(source):
+        return str(source).partition("@")[0], metadata
+    return (f"{in_cache[1]}/{in_cache[2]}" if in_cache else None), metadata
+
+
+def address_card(folder: str | os.PathLike, repo_id: str, revision: str) -> None:
+    """Make the examples of the card in `folder` load `repo_id` at `revision`; the rest of it stays as it is."""
+    file = Path(folder) / "README.md"
+    text = file.read_text(encoding="utf-8")
+    place = re.search(r'^repo, revision = "([^"/]+)/[^"]*", "[^"]*"$', text, flags=re.MULTILINE)
+    if place is not None:
+        text = text.replace(place[0], f'repo, revision = "{repo_id}", "{revision}"')
+        text = text.replace(f'push_to_hub("{place[1]}/', f'push_to_hub("{repo_id.partition("/")[0]}/')
+        file.write_text(text, encoding="utf-8")
+
+
 def _find(model: str | None) -> tuple[str, dict[str, Any]]:
     """The name of a checkpoint, and what is known of it: nothing if it is somebody's own."""
     for name, facts in card_data()["models"].items():
@@ -238,12 +276,11 @@ def _other_budget(budgets: Sequence[tuple[Budget, Any]], budget: Budget) -> Budg
 
 
 def _paper_table(table: Mapping[str, Any], item: str) -> str:
-    total = table.get("num_tokens")
     has_tokens = bool(table.get("as_share"))  # where the budget does not say how many they are
     rows: list[list[Any]] = []
     if table["unpruned"]:
-        label = f"unpruned, {total} tokens" if total and not has_tokens else "unpruned"
-        rows.append([label, *([total] if has_tokens else []), *table["unpruned"], ""])
+        tokens = [table["num_tokens"]] if has_tokens else []
+        rows.append([_unpruned(table), *tokens, *table["unpruned"], "100 %"])
     for budget, row in _budgets(table):
         tokens = [row[_TOKENS]] if has_tokens else []
         rows.append([f"`{budget}`", *tokens, *row["scores"], f"{row['score']} %"])
@@ -257,10 +294,15 @@ def _efficiency_table(table: Mapping[str, Any]) -> str | None:
         return None
     pruned = efficiency["pruned"]
     rows = [
-        ["unpruned", table["num_tokens"], *efficiency["unpruned"]],
-        ["FSR", pruned[_TOKENS], *pruned["values"]],
+        [_unpruned(table), *efficiency["unpruned"]],
+        [f"`{Budget(_TOKENS, pruned[_TOKENS])}`", *pruned["values"]],
     ]
-    return _markdown_table(["", "visual tokens", *efficiency["columns"]], rows)
+    return _markdown_table(["budget", *efficiency["columns"]], rows)
+
+
+def _unpruned(table: Mapping[str, Any]) -> str:
+    is_known = "num_tokens" in table and not table.get("as_share")
+    return f"unpruned, {table['num_tokens']} tokens" if is_known else "unpruned"
 
 
 def _measured_table(measured: Sequence[Mapping[str, Any]], item: str) -> str | None:
