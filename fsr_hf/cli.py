@@ -36,12 +36,23 @@ def export(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is in OUTPUT_DIR.")] = False,
     link: Annotated[bool, typer.Option("--link/--copy", help="Hard-link the weights, or copy them.")] = False,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="Hub id of SOURCE, where that is a folder: the card and the licence depend on it."),
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check that the result loads.")] = True,
 ) -> None:
     """
     Make a Hub folder with FSR out of a checkpoint.
 
     The weights stay as they are and are never loaded: a 13B checkpoint needs no more memory than a small one. The
-    folder loads with trust_remote_code=True wherever transformers is installed, without this package.
+    folder loads with trust_remote_code=True wherever transformers is installed, without this package. Until it is
+    complete it is called OUTPUT_DIR.incomplete.
+
+    \b
+    Examples:
+      fsr-hf export llava-hf/llava-1.5-7b-hf llava-1.5-7b-fsr --text-encoder openai/clip-vit-large-patch14-336
+      fsr-hf export ./qwen2.5-vl-7b qwen-fsr --base-model Qwen/Qwen2.5-VL-7B-Instruct --retention-ratio 0.4 --link
     """
     from . import export as export_checkpoint
 
@@ -52,12 +63,65 @@ def export(
             output_dir,
             text_encoder=text_encoder,
             fsr_config={name: value for name, value in budget.items() if value is not None},
+            base_model=base_model,
             force=force,
             link=link,
+            verify=verify,
         )
     except (OSError, ValueError) as error:
         _fail(error)
     typer.echo(f'{output_dir} is ready: AutoModel.from_pretrained("{output_dir}", trust_remote_code=True)')
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Hub folder with FSR, made by `fsr-hf export`.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository, org/name. It is made if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    tag: Annotated[str | None, typer.Option(help="Tag of the commit, such as v0.1.0.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.  [default: main]")] = None,
+) -> None:
+    """
+    Upload a Hub folder with FSR in one commit, and tag it.
+
+    Log in with `hf auth login` first, or set HF_TOKEN. A folder that differs from its manifest, or would not load, is
+    refused.
+
+    \b
+    Example:
+      fsr-hf push ./llava-1.5-7b-fsr org/llava-1.5-7b-fsr --tag v0.1.0
+    """
+    from .hub.push import push as push_folder
+
+    try:
+        pushed = push_folder(folder, repo_id, private=private, tag=tag, revision=revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        _fail(error)
+    typer.echo(pushed.url)
+    typer.echo(f'AutoModel.from_pretrained("{repo_id}", revision="{pushed.revision}", trust_remote_code=True)')
+
+
+@app.command()
+def verify(
+    source: Annotated[str, typer.Argument(help="Hub folder with FSR, or a Hub id, org/name[@revision].")],
+) -> None:
+    """
+    Check a Hub folder against its manifest of file hashes, and print what differs.
+
+    Nothing of it is run. Of a repository on the Hub the large files are not downloaded: the hashes that the server has
+    of them are compared. Exit code 1 if anything differs.
+    """
+    from .hub.verify import verify as verify_folder
+
+    try:
+        differences = verify_folder(source)
+    except (OSError, ValueError) as error:
+        _fail(error)
+    for difference in differences:
+        typer.echo(difference)
+    if differences:
+        raise typer.Exit(1)
+    typer.echo(f"{source} is what its manifest says.")
 
 
 @app.command()

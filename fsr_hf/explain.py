@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from .modeling.fsr import VisualSelection
 
 
-__all__ = ["Explanation", "Picture", "explain", "load_fsr_model", "load_visual"]
+__all__ = ["Explanation", "Picture", "check_fsr_model", "explain", "load_fsr_model", "load_visual"]
 
 FOCUS, SCAN = (250, 130, 16), (40, 135, 240)  # outlines and tints
 TINT = 0.25  # share of the colour in the cell of a kept token
@@ -25,23 +25,31 @@ _SCALE = 3  # drawn larger and then reduced, lines come out smooth
 _VIDEOS = {".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm"}
 
 
-def load_fsr_model(model: str, device: str | None = None, trust_remote_code: bool | None = None) -> tuple[Any, Any]:
+def check_fsr_model(model: str, trust_remote_code: bool | None = None) -> None:
     """
-    The model and the processor of an FSR checkpoint, by the Auto classes. A family that this package has is loaded
-    with the package's code; for any other one, `trust_remote_code` runs the code in the checkpoint.
-
     Raises:
-        `OSError`: if there is no such checkpoint.
+        `OSError`: if there is no checkpoint `model`, a folder or a Hub id.
         `ValueError`: if it is one without FSR.
     """
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except HFValidationError as error:
-        raise OSError(f"{model} is neither a folder nor the id of a Hub repository.") from error
+    if not os.path.isdir(model):
+        try:
+            validate_repo_id(model)
+        except HFValidationError as error:
+            raise OSError(f"{model} is neither a folder nor the id of a Hub repository.") from error
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     if getattr(config, "fsr_config", None) is None:
         raise ValueError(
             f"{model} is a checkpoint without FSR, of `model_type` {config.model_type!r}: `fsr-hf export` adds it."
         )
+
+
+def load_fsr_model(model: str, device: str | None = None, trust_remote_code: bool | None = None) -> tuple[Any, Any]:
+    """
+    The model and the processor of an FSR checkpoint, by the Auto classes, on a GPU if there is one and no `device` is
+    named. A family that this package has is loaded with the package's code; for any other one, `trust_remote_code`
+    runs the code in the checkpoint.
+    """
+    check_fsr_model(model, trust_remote_code)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
     return AutoModel.from_pretrained(model, trust_remote_code=trust_remote_code).to(device), processor

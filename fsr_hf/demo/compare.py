@@ -36,7 +36,11 @@ class Clock(BaseStreamer):
         pass
 
 
-def generate(model, processor, inputs, **options) -> tuple[Any, dict[str, Any]]:
+# Arguments of `generate` for the two runs that are compared.
+RUNS: dict[str, dict[str, Any]] = {"unpruned": {"fsr_enabled": False}, "pruned": {"output_visual_selection": True}}
+
+
+def generate(model, inputs, **options) -> tuple[Any, dict[str, Any]]:
     """
     One call of `generate`: its output, and what was measured.
 
@@ -62,28 +66,30 @@ def generate(model, processor, inputs, **options) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def measure(model, processor, messages: list[dict], max_new_tokens: int, repeats: int, **options) -> dict[str, Any]:
-    """A question, asked `repeats` times in the same way: medians of the times, and the rest once."""
+def measure(model, processor, messages: list[dict], max_new_tokens: int, repeats: int) -> dict[str, dict[str, Any]]:
+    """Ask a question `repeats` times, unpruned and pruned by turns: medians of the times, and the rest once."""
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(model.device, model.dtype)
-    options["max_new_tokens"] = max_new_tokens
-    runs = []
+    calls: dict[str, list] = {name: [] for name in RUNS}
     for _ in range(repeats):
-        outputs, run = generate(model, processor, inputs, **options)
-        runs.append(run)
+        for name, options in RUNS.items():
+            calls[name].append(generate(model, inputs, max_new_tokens=max_new_tokens, **options))
     prompt_length = inputs["input_ids"].shape[1]
-    selections = outputs.get("visual_selections")
-    num_focus = None if selections is None else sum(int(selection.is_focus.sum()) for selection in selections)
-    dropped = prompt_length - runs[-1]["length"]
-    return {
-        **runs[-1],
-        "prefill": statistics.median(run["prefill"] for run in runs),
-        "per_token": statistics.median(step for run in runs for step in run["steps"]),
-        "num_visual_tokens": int((inputs["input_ids"] == model.config.image_token_id).sum()) - dropped,
-        "num_focus": num_focus,
-        "answer": processor.decode(outputs.sequences[0, prompt_length:], skip_special_tokens=True).strip(),
-    }
+    num_placeholders = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    results = {}
+    for name, runs in calls.items():
+        outputs, measured = runs[-1]
+        results[name] = {
+            "length": measured["length"],
+            "cache_bytes": measured["cache_bytes"],
+            "prefill": statistics.median(run["prefill"] for _, run in runs),
+            "per_token": statistics.median(step for _, run in runs for step in run["steps"]),
+            "num_visual_tokens": num_placeholders - (prompt_length - measured["length"]),
+            "num_focus": sum(int(selection.is_focus.sum()) for selection in outputs.get("visual_selections") or []),
+            "answer": processor.decode(outputs.sequences[0, prompt_length:], skip_special_tokens=True).strip(),
+        }
+    return results
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
@@ -93,18 +99,14 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     pipe = pipeline("image-text-to-text", model=folder, device=device, trust_remote_code=True)
 
-    unpruned, pruned = {"fsr_enabled": False}, {"output_visual_selection": True}
     results: list[dict[str, Any]] = []
     for image, question in request["questions"]:
         content = [{"type": "image", "image": Image.open(image).convert("RGB")}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
-        settings = {"max_new_tokens": request["max_new_tokens"], "repeats": request["repeats"]}
         if not results:  # the first calls of a process are slow
-            for options in (unpruned, pruned):
-                measure(model, processor, messages, max_new_tokens=2, repeats=1, **options)
-        result = {"image": Path(image).name, "question": question}
-        result["unpruned"] = measure(model, processor, messages, **settings, **unpruned)
-        result["pruned"] = measure(model, processor, messages, **settings, **pruned)
+            measure(model, processor, messages, max_new_tokens=2, repeats=1)
+        result: dict[str, Any] = {"image": Path(image).name, "question": question}
+        result |= measure(model, processor, messages, request["max_new_tokens"], request["repeats"])
         output = pipe(
             text=messages,
             max_new_tokens=request["max_new_tokens"],

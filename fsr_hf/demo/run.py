@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers.utils import logging
 
+from ..explain import check_fsr_model
 from ..hub.export import export
 from .small_llava import SmallLlava, save_small_llava
 
@@ -66,9 +67,15 @@ def run_demo(
 
     Raises:
         `ImportError`: without scikit-image, which has the photographs.
+        `OSError`: if there is no such checkpoint, or `keep` exists already.
+        `ValueError`: for a checkpoint without FSR.
         `RuntimeError`: if the other process failed, after it said why.
     """
     questions = [[str(path), PHOTOGRAPHS[path.name]] for path in _find_photographs()]
+    if model is not None:
+        check_fsr_model(model, trust_remote_code=True)
+    if keep is not None and os.path.exists(keep):
+        raise FileExistsError(f"{keep} exists already: choose another name.")
     with tempfile.TemporaryDirectory(prefix="fsr-hf-demo-") as temporary:
         root = Path(temporary)
         environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
@@ -159,7 +166,7 @@ def _report(result: dict[str, Any], repeats: int) -> Iterator[str]:
     )
     yield _paragraph(
         f"Kept tokens, Focus + Scan: {focus}. Sequence: visual tokens and text. Prefill: from the call of generate() "
-        f"to the first new token, vision tower and selection included. Times are medians of {repeats}."
+        f"to the first new token, vision tower and selection included. Times are medians of {repeats} calls."
     )
     yield _paragraph(
         f"{result['model']} from the checkpoint's own {result['code']}.py, {result['num_parameters'] / 1e6:.0f} M "
