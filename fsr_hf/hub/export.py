@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +18,12 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
+from ..configuration.configuration_fsr_llava_video import is_original_config
+from .cards import card_data, read_base, write_card
 from .families import FAMILIES, Family
+from .manifest import MANIFEST, write_manifest
+from .original import make_processor
+from .verify import check_loads, find_weights
 
 
 __all__ = ["export"]
@@ -30,6 +34,7 @@ _INDEX = "model.safetensors.index.json"
 _PICKLE = "pytorch_model.bin"
 # What travels as it is: tokenizers, processors, templates, generation defaults, licences. No weights, no code.
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "chat_templates/*", "query_tokenizer/*", "LICENSE*", "NOTICE*")
+_CARD = "README.md"
 _TEXT_ENCODER = "text_encoder."  # the submodule of every FSR model that holds CLIP's text side
 
 
@@ -39,14 +44,17 @@ def export(
     *,
     text_encoder: str | os.PathLike | None = None,
     fsr_config: dict[str, Any] | None = None,
+    base_model: str | None = None,
     force: bool = False,
     link: bool = False,
+    verify: bool = True,
     progress: bool = True,
 ) -> Path:
     r"""
     Makes a Hub folder with FSR out of a checkpoint: the same weights, a config that prunes, the code, the tokenizer
-    and the processor. The model is not loaded: its shards are copied as they are, so memory does not grow with its
-    size. The folder appears when it is complete.
+    and the processor, a model card, and a manifest of them all. The model is not loaded: its shards are copied as they
+    are, so memory does not grow with its size. The folder appears when it is complete; until then it is called
+    `output_dir` with `.incomplete` at its end, and has no config. What a killed export leaves, the next one removes.
 
     Args:
         source (`str` or `os.PathLike`):
@@ -59,11 +67,16 @@ def export(
             processor, so that Focus looks for what the question names. Without it, saliency alone decides.
         fsr_config (`dict`, *optional*):
             Fields of [`FSRConfig`] that are to differ from the family's defaults: `{"num_visual_tokens": 64}`.
+        base_model (`str`, *optional*):
+            The Hub id of `source` for the model card, where `source` is a folder. The licence depends on it.
         force (`bool`, *optional*, defaults to `False`):
             Whether to replace a checkpoint that is in `output_dir` already.
         link (`bool`, *optional*, defaults to `False`):
             Whether to hard-link the shards, where the file system can, in place of copying them. It takes neither time
             nor space, but whoever later writes into one of the two files changes both.
+        verify (`bool`, *optional*, defaults to `True`):
+            Whether to check that the result loads: config and processor are loaded, and names and shapes of the
+            weights are compared with the model's.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -72,7 +85,7 @@ def export(
 
     Raises:
         `ValueError`: for a checkpoint of another architecture, weights that are not safetensors, a `text_encoder` that
-            the vision tower did not come from, or a value that [`FSRConfig`] refuses.
+            the vision tower did not come from, a value that [`FSRConfig`] refuses, or a result that does not load.
         `FileExistsError`: if `output_dir` holds something that may not be replaced.
     """
     output_dir = Path(output_dir).resolve()
@@ -81,7 +94,7 @@ def export(
     if output_dir in (folder.resolve(), *folder.resolve().parents):
         raise ValueError(f"`output_dir` {output_dir} holds the source {folder}: choose another folder.")
     clip_folder = None if text_encoder is None else _fetch_clip(text_encoder)
-    weights = _find_weights(folder)
+    weights = find_weights(folder)
     family, config = _make_config(folder, clip_folder, fsr_config or {})
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in family.model(config).state_dict().items()}
@@ -90,14 +103,23 @@ def export(
     missing = text_shapes.keys() - text_side.keys() - weights.keys()
     if missing:
         raise ValueError(f"{source} has a text encoder in its config, but lacks weights of it: {', '.join(missing)}.")
+    found_base, base_metadata = read_base(source, folder)
+    base_model = base_model or found_base
 
     with _replacing(output_dir) as staging:
-        _copy_files(folder, staging)
-        config.save_pretrained(staging)
-        if clip_folder is not None:
-            _write_query_processor(family, clip_folder, staging)
-        _name_processor(family, staging)
         _write_weights(weights, text_side, staging, link, progress)
+        _copy_files(folder, staging)
+        if is_original_config(_read_json(folder / _CONFIG)):
+            make_processor(folder, config).save_pretrained(staging)
+        else:
+            _write_processor(family, clip_folder, staging)
+            _name_processor(family, staging)
+        config.save_pretrained(staging)  # last of what a loader needs: without it nothing loads
+        if verify and (faults := check_loads(staging)):
+            raise ValueError(f"The export of {source} would not load whole: {'; '.join(faults)}")
+        write_card(staging, base_model, base_metadata=base_metadata)
+        _write_notice(staging, base_model)
+        write_manifest(staging)
     return output_dir
 
 
@@ -119,7 +141,7 @@ def _fetch(name: str | os.PathLike, weights: str = "*.safetensors") -> Path:
         folder = snapshot_download(
             repo_id,
             revision=revision or None,
-            allow_patterns=[weights, *_COPIED],
+            allow_patterns=[weights, *_COPIED, _CARD],
             ignore_patterns=["*/*.safetensors", "*/*.bin", "original/*", "onnx/*"],
         )
     except HFValidationError as error:
@@ -133,23 +155,6 @@ def _fetch_clip(name: str | os.PathLike) -> Path:
     return folder if list(folder.glob("*.safetensors")) else _fetch(name, _PICKLE)
 
 
-def _find_weights(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor; of a single file and an index the file wins, as in transformers."""
-    if (folder / _WEIGHTS).is_file():
-        with safe_open(folder / _WEIGHTS, framework="pt") as tensors:
-            return dict.fromkeys(tensors.keys(), folder / _WEIGHTS)
-    if (folder / _INDEX).is_file():
-        weights = {name: folder / file for name, file in _read_json(folder / _INDEX)["weight_map"].items()}
-        missing = sorted({file.name for file in weights.values() if not file.is_file()})
-        if missing:
-            raise ValueError(f"{folder} lacks shards that {_INDEX} names: {', '.join(missing)}.")
-        return weights
-    raise ValueError(
-        f"{folder} has no {_WEIGHTS} and no {_INDEX}. Pickled weights (.bin, .pt, .pth, .ckpt) are refused: opening "
-        "one can run code that is in it: `from_pretrained(...)`, then `save_pretrained(...)`, converts them."
-    )
-
-
 def _make_config(folder: Path, clip_folder: Path | None, fsr_config: dict[str, Any]) -> tuple[Family, Any]:
     """The family of the checkpoint in `folder`, and its config with FSR."""
     if (folder / "adapter_config.json").is_file():
@@ -157,16 +162,18 @@ def _make_config(folder: Path, clip_folder: Path | None, fsr_config: dict[str, A
             f"{folder} holds a PEFT adapter: export its base, or what `merge_and_unload()` makes of both."
         )
     stock = _read_json(folder / _CONFIG)
-    model_type = stock.pop("model_type", None)
+    model_type = "llava_onevision" if is_original_config(stock) else stock.get("model_type")
     family = next((f for f in FAMILIES if model_type in (f.stock_model_type, f.config.model_type)), None)
     if family is None:
         known = ", ".join(f"{f.stock_model_type!r}, {f.config.model_type!r}" for f in FAMILIES)
         raise ValueError(f"{folder} is a checkpoint of `model_type` {model_type!r}; there is FSR for {known}.")
     config: Any = family.config.from_dict(
-        {key: value for key, value in stock.items() if key != "auto_map"}, fsr_config=fsr_config
+        {key: value for key, value in stock.items() if key not in ("auto_map", "model_type")}, fsr_config=fsr_config
     )
     config.architectures = [family.model.__name__]
     if clip_folder is not None:
+        if not family.takes_text_encoder:
+            raise ValueError(f"{model_type!r} ranks tokens by saliency alone: leave out `text_encoder`.")
         if config.fsr_config.text_encoder_config is not None:
             raise ValueError(f"{folder} has a text encoder already: leave out `text_encoder`.")
         config.fsr_config.text_encoder_config = _make_text_config(clip_folder, config)
@@ -209,7 +216,7 @@ def _read_text_side(clip_folder: Path, shapes: dict[str, torch.Size]) -> dict[st
             ) from error
         tensors = {names[name]: tensor for name, tensor in stored.items() if name in names}
     else:
-        weights = _find_weights(clip_folder)
+        weights = find_weights(clip_folder)
         for file in sorted(set(weights.values())):
             with safe_open(file, framework="pt") as stored:
                 tensors |= {names[name]: stored.get_tensor(name) for name in names.keys() & set(stored.keys())}
@@ -227,33 +234,39 @@ def _read_text_side(clip_folder: Path, shapes: dict[str, torch.Size]) -> dict[st
 def _replacing(output_dir: Path) -> Iterator[Path]:
     """A new folder beside `output_dir` that takes its place at the end, and is gone if anything fails before."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as temporary:
-        staging = Path(temporary) / "new"
-        staging.mkdir()
+    staging, old = (output_dir.with_name(f"{output_dir.name}.{state}") for state in ("incomplete", "replaced"))
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
         yield staging
         if output_dir.exists():
-            output_dir.rename(Path(temporary) / "old")
+            output_dir.rename(old)
         staging.rename(output_dir)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _copy_files(folder: Path, staging: Path) -> None:
     for path in (path for pattern in _COPIED for path in folder.glob(pattern)):
-        if path.is_file() and path.name != _CONFIG and not path.name.endswith(".index.json"):
+        if path.is_file() and path.name not in (_CONFIG, MANIFEST) and not path.name.endswith(".index.json"):
             target = staging / path.relative_to(folder)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
 
 
-def _write_query_processor(family: Family, clip_folder: Path, staging: Path) -> None:
-    """Makes the stock processor in `staging` the family's: its class, and CLIP's tokenizer in a folder of its own."""
-    assert family.processor is not None
-    CLIPTokenizer.from_pretrained(clip_folder).save_pretrained(staging / "query_tokenizer")
+def _write_processor(family: Family, clip_folder: Path | None, staging: Path) -> None:
+    """Makes the processor in `staging` the family's, where it has one, with CLIP's tokenizer if it needs that."""
+    if family.processor is None or (family.takes_text_encoder and clip_folder is None):
+        return
+    if clip_folder is not None:
+        CLIPTokenizer.from_pretrained(clip_folder).save_pretrained(staging / "query_tokenizer")
     file = staging / "processor_config.json"
     settings = _read_json(file) if file.is_file() else {}
     settings["processor_class"] = family.processor.__name__
     settings["auto_map"] = {"AutoProcessor": family.auto_map["AutoProcessor"]}
     _write_json(file, settings)
-    family.processor.from_pretrained(staging)
 
 
 def _name_processor(family: Family, staging: Path) -> None:
@@ -261,6 +274,15 @@ def _name_processor(family: Family, staging: Path) -> None:
     names = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
     if not any("processor_class" in _read_json(staging / name) for name in names if (staging / name).is_file()):
         _write_json(staging / names[0], {"processor_class": PROCESSOR_MAPPING_NAMES[family.stock_model_type]})
+
+
+def _write_notice(staging: Path, base_model: str | None) -> None:
+    """The notice that the licence of the base asks for."""
+    models = card_data()["models"].values()
+    name = next((facts["licence"] for facts in models if facts.get("base_model", base_model) == base_model), None)
+    licence = card_data()["licences"].get(name, {})
+    if "notice" in licence and not (staging / "NOTICE").exists():
+        (staging / "NOTICE").write_text(f"{licence['notice']}\n{licence['url']}\n", encoding="utf-8")
 
 
 def _write_weights(
@@ -279,12 +301,13 @@ def _write_weights(
             _copy_shard(file, staging / name, bar, link)
     if text_side:
         save_file(text_side, staging / shard_names[-1], metadata={"format": "pt"})
-        shutil.copymode(staging / _CONFIG, staging / shard_names[-1])  # safetensors makes files for their owner alone
     if count > 1:
         weight_map = {name: new_names[file] for name, file in weights.items()}
         weight_map |= dict.fromkeys(text_side, shard_names[-1])
         total_size = sum(_payload_size(staging / name) for name in shard_names)
         _write_json(staging / _INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    if text_side:
+        shutil.copymode(staging / _INDEX, staging / shard_names[-1])  # safetensors makes files for their owner alone
 
 
 def _copy_shard(source: Path, target: Path, bar: tqdm, link: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import __version__
 from .families import FAMILIES, Family
+from .manifest import write_manifest
 
 
 __all__ = ["flat_files", "write_remote_code"]
@@ -43,8 +44,10 @@ def write_remote_code(obj: Any, directory: str | os.PathLike) -> None:
     obj.auto_map = {auto: name for auto, name in family.auto_map.items() if is_config or auto == "AutoProcessor"}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for name, source in flat_files(family).items():
+    files = flat_files(family)
+    for name, source in files.items():
         (directory / name).write_text(source, encoding="utf-8")
+    write_manifest(directory, files)  # what else is in the folder is yet to be written
 
 
 @cache

@@ -434,7 +434,8 @@ def test_export_of_an_export_changes_the_config_alone(checkpoints, tmp_path):
     names = sorted(path.relative_to(checkpoints.fsr) for path in checkpoints.fsr.rglob("*") if path.is_file())
     assert sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()) == names
     for name in names:
-        assert name.name == "config.json" or (folder / name).read_bytes() == (checkpoints.fsr / name).read_bytes()
+        differs = name.name in ("config.json", "README.md", "fsr_manifest.json")  # the budget, and what tells of it
+        assert differs or (folder / name).read_bytes() == (checkpoints.fsr / name).read_bytes()
     with pytest.raises(ValueError, match="has a text encoder already"):
         export(checkpoints.fsr, tmp_path / "again", text_encoder=checkpoints.clip)
 
@@ -444,7 +445,7 @@ def test_shards_are_renamed_and_can_be_linked(checkpoints, tmp_path):
     stock = LlavaForConditionalGeneration.from_pretrained(checkpoints.stock)
     stock.save_pretrained(source, max_shard_size="60KB")
     shards = sorted(source.glob("*.safetensors"))
-    folder = export(source, tmp_path / "fsr", link=True, fsr_config={"alpha": 0}, progress=False)
+    folder = export(source, tmp_path / "fsr", link=True, fsr_config={"alpha": 0}, verify=False, progress=False)
     assert sorted(path.name for path in folder.glob("*.safetensors")) == [path.name for path in shards]
     AutoProcessor.from_pretrained(checkpoints.stock).save_pretrained(source)
     folder = export(source, tmp_path / "clip", link=True, text_encoder=checkpoints.clip, progress=False)
