@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, CLIPTextConfig, LlavaConfig
 
-from fsr_hf import FSRConfig, FSRLlavaConfig
+from fsr_hf import FSRConfig, FSRLlavaConfig, FSRLlavaNextConfig, FSRLlavaVideoConfig, FSRQwen2_5_VLConfig
 
 
 DEFAULTS = {
@@ -32,7 +32,23 @@ DEFAULTS = {
 # What a family puts in the place of None.
 FAMILY_DEFAULTS = {
     FSRLlavaConfig: {"num_visual_tokens": 128, "pool": "item", "newline": "drop", "positions": "compact"},
+    FSRLlavaNextConfig: {"retention_ratio": 1 / 9, "pool": "view", "newline": "drop", "positions": "compact"},
+    FSRQwen2_5_VLConfig: {
+        "retention_ratio": 0.5,
+        "relevance": "none",
+        "pool": "item",
+        "newline": "drop",
+        "positions": "original",
+    },
+    FSRLlavaVideoConfig: {
+        "retention_ratio": 0.2,
+        "relevance": "none",
+        "pool": "item",
+        "newline": "drop",
+        "positions": "compact",
+    },
 }
+BUDGETS = ("num_visual_tokens", "retention_ratio")
 
 ALLOWED = {
     "enabled": [True, False],
@@ -75,6 +91,25 @@ def family(request):
     return request.param
 
 
+def default_budget(family):
+    return {name: FAMILY_DEFAULTS[family].get(name) for name in BUDGETS}
+
+
+def budget_of(fsr_config):
+    return {name: getattr(fsr_config, name) for name in BUDGETS}
+
+
+def text_tower(family):
+    """`fsr_config` with a text tower, where the family can have one."""
+    return {} if "relevance" in FAMILY_DEFAULTS[family] else {"text_encoder_config": TEXT}
+
+
+def text_width(config):
+    """Width of the text tower, or what `text_tower` has where the family can have none."""
+    tower = config.fsr_config.text_encoder_config
+    return TEXT["hidden_size"] if not text_tower(type(config)) and tower is None else tower.hidden_size
+
+
 def fields_of(config):
     """The fields of FSR, by name, with the text tower as a dict."""
     fields = {name: getattr(config, name) for name in DEFAULTS}
@@ -110,7 +145,8 @@ def test_allowed_values(name, value):
 
 
 @pytest.mark.parametrize(("name", "value"), cases(REFUSED))
-def test_refused_values_are_named_with_what_is_allowed(name, value, family):
+def test_refused_values_are_named_with_what_is_allowed(name, value):
+    family = FSRLlavaConfig
     allowed = {
         "num_visual_tokens": "an int >= 1",
         "retention_ratio": "(0, 1]",
@@ -177,7 +213,7 @@ def test_two_budgets_are_refused(family):
     ):
         with pytest.raises(ValueError, match=r"`num_visual_tokens=64` and `retention_ratio=0\.25`"):
             act()
-    assert config.fsr_config.num_visual_tokens == FAMILY_DEFAULTS[family]["num_visual_tokens"]
+    assert budget_of(config.fsr_config) == default_budget(family)
 
 
 def test_a_budget_that_is_assigned_clears_the_other():
@@ -251,31 +287,33 @@ def test_family_defaults(family):
     for config in (family(), family(fsr_config=None), family(fsr_config={}), family(fsr_config=FSRConfig())):
         assert type(config.fsr_config) is FSRConfig
         assert fields_of(config.fsr_config) == DEFAULTS | FAMILY_DEFAULTS[family]
-    kept = family(fsr_config={"pool": "view", "newline": "keep", "positions": "original", "retention_ratio": 0.1})
-    assert fields_of(kept.fsr_config) == DEFAULTS | {
+    settings = {
         "pool": "view",
         "newline": "keep",
         "positions": "original",
         "retention_ratio": 0.1,
+        "relevance": "none",
     }
+    assert fields_of(family(fsr_config=settings).fsr_config) == DEFAULTS | settings
 
 
 def test_two_configs_share_nothing(family):
-    settings = {"alpha": 2.0, "text_encoder_config": dict(TEXT)}
+    settings = {"alpha": 2.0, **copy.deepcopy(text_tower(family))}
     first, second = family(fsr_config=settings), family(fsr_config=settings)
     shared = FSRConfig(alpha=4)
     third, fourth = family(fsr_config=shared), family(fsr_config=shared)
     first.fsr_config.alpha = third.fsr_config.alpha = 1.0
-    first.fsr_config.text_encoder_config.hidden_size = 16
+    if text_tower(family):
+        first.fsr_config.text_encoder_config.hidden_size = 16
     assert second.fsr_config.alpha == 2.0 and fourth.fsr_config.alpha == shared.alpha == 4
-    assert second.fsr_config.text_encoder_config.hidden_size == TEXT["hidden_size"]
-    assert settings == {"alpha": 2.0, "text_encoder_config": TEXT}
+    assert text_width(second) == TEXT["hidden_size"]
+    assert settings == {"alpha": 2.0, **text_tower(family)}
     assert family().fsr_config.alpha == 3.0
 
 
 def override_by_constructor(family, folder, settings):
     stored = json.loads((folder / "config.json").read_text())
-    stored["fsr_config"].update(dict.fromkeys(("num_visual_tokens", "retention_ratio")))
+    stored["fsr_config"].update(dict.fromkeys(BUDGETS))
     return family(**{**stored, "fsr_config": {**stored["fsr_config"], **settings}})
 
 
@@ -339,43 +377,40 @@ def override_by_auto_config(family, folder, settings):
     ],
 )
 def test_naming_a_budget_clears_the_other(override, stored, settings, family, tmp_path):
-    family(fsr_config={**stored, "text_encoder_config": TEXT}).save_pretrained(tmp_path / "a")
+    family(fsr_config={**stored, **text_tower(family)}).save_pretrained(tmp_path / "a")
     config = override(family, tmp_path / "a", settings)
     assert type(config) is family
-    budgets = {"num_visual_tokens": None, "retention_ratio": None} | settings
-    assert {name: getattr(config.fsr_config, name) for name in budgets} == budgets
-    assert config.fsr_config.text_encoder_config.hidden_size == TEXT["hidden_size"]
+    assert budget_of(config.fsr_config) == dict.fromkeys(BUDGETS) | settings
+    assert text_width(config) == TEXT["hidden_size"]
     config.save_pretrained(tmp_path / "b")
     assert fields_of(family.from_pretrained(tmp_path / "b").fsr_config) == fields_of(config.fsr_config)
 
 
 def test_a_dict_changes_what_it_names(family, tmp_path):
-    stored = {"retention_ratio": 0.25, "alpha": 2, "focus_mass": "budget", "text_encoder_config": TEXT, "pool": "view"}
-    family(fsr_config=stored).save_pretrained(tmp_path)
+    stored = {"retention_ratio": 0.25, "alpha": 2, "focus_mass": "budget", "pool": "view"}
+    family(fsr_config={**stored, **text_tower(family)}).save_pretrained(tmp_path)
     loaded = family.from_pretrained(tmp_path, fsr_config={"beta": 0.5})
     assigned = family.from_pretrained(tmp_path)
     assigned.fsr_config = {"beta": 0.5}
     for config in (loaded, assigned):
-        fields = fields_of(config.fsr_config)
-        assert fields.pop("text_encoder_config")["hidden_size"] == TEXT["hidden_size"]
+        assert text_width(config) == TEXT["hidden_size"]
         expected = DEFAULTS | FAMILY_DEFAULTS[family] | stored | {"beta": 0.5, "num_visual_tokens": None}
-        del expected["text_encoder_config"]
-        assert fields == expected
+        assert fields_of(config.fsr_config) | {"text_encoder_config": None} == expected
 
 
 def test_an_object_replaces_everything_but_the_text_tower(family, tmp_path):
-    family(fsr_config={"alpha": 2, "text_encoder_config": TEXT}).save_pretrained(tmp_path)
+    family(fsr_config={"alpha": 2, **text_tower(family)}).save_pretrained(tmp_path)
     config = family.from_pretrained(tmp_path, fsr_config=FSRConfig(beta=0.5))
     assert (config.fsr_config.alpha, config.fsr_config.beta) == (3.0, 0.5)
-    assert config.fsr_config.text_encoder_config.hidden_size == TEXT["hidden_size"]
-    assert config.fsr_config.num_visual_tokens == FAMILY_DEFAULTS[family]["num_visual_tokens"]
-    other = FSRConfig(text_encoder_config={**TEXT, "hidden_size": 16})
-    replaced = family.from_pretrained(tmp_path, fsr_config=other)
-    assert replaced.fsr_config.text_encoder_config.hidden_size == 16
+    assert text_width(config) == TEXT["hidden_size"]
+    assert budget_of(config.fsr_config) == default_budget(family)
+    if text_tower(family):
+        other = FSRConfig(text_encoder_config={**TEXT, "hidden_size": 16})
+        assert text_width(family.from_pretrained(tmp_path, fsr_config=other)) == 16
 
 
 def test_the_text_tower_can_be_left_out_by_name(family, tmp_path):
-    family(fsr_config={"text_encoder_config": TEXT, "alpha": 2}).save_pretrained(tmp_path)
+    family(fsr_config={**text_tower(family), "alpha": 2}).save_pretrained(tmp_path)
     loaded = family.from_pretrained(tmp_path, fsr_config={"text_encoder_config": None})
     assigned = family.from_pretrained(tmp_path)
     assigned.fsr_config = {"text_encoder_config": None}
@@ -385,25 +420,42 @@ def test_the_text_tower_can_be_left_out_by_name(family, tmp_path):
         assert config.fsr_config.alpha == 2
 
 
+@pytest.mark.parametrize(
+    "settings", [{"relevance": "clip"}, {"text_encoder_config": TEXT}], ids=lambda s: next(iter(s))
+)
+def test_families_without_clip_refuse_a_text_tower(settings, family):
+    if text_tower(family):
+        assert family(fsr_config=settings).fsr_config.uses_relevance
+        return
+    config = family()
+
+    def assign():
+        config.fsr_config = settings
+
+    for act in (lambda: family(fsr_config=settings), assign):
+        with pytest.raises(ValueError, match=r'relevance="clip".*not supported'):
+            act()
+    assert config.fsr_config.relevance == "none"
+
+
 def test_both_budgets_none_means_the_familys_default(family):
     config = family(fsr_config={"retention_ratio": 0.25})
+    assert budget_of(config.fsr_config) != default_budget(family)
     config.fsr_config = {"num_visual_tokens": None, "retention_ratio": None}
-    assert config.fsr_config.num_visual_tokens == FAMILY_DEFAULTS[family]["num_visual_tokens"]
-    assert config.fsr_config.retention_ratio is None
+    assert budget_of(config.fsr_config) == default_budget(family)
 
 
 @pytest.mark.parametrize("duplicate", [lambda config: config, copy.deepcopy, copy.copy])
 def test_a_budget_that_is_taken_away_leaves_the_familys_default(duplicate, family):
-    default = FAMILY_DEFAULTS[family]["num_visual_tokens"]
     for name, value in (("num_visual_tokens", 64), ("retention_ratio", 0.25)):
         config = duplicate(family(fsr_config={name: value}).fsr_config)
         setattr(config, name, None)
-        assert (config.num_visual_tokens, config.retention_ratio) == (default, None)
-        assert config.budget(10**6) == default
+        assert budget_of(config) == default_budget(family)
+        assert config.budget(10**6) < 10**6
         # As people change from one to the other.
         config.num_visual_tokens = None
-        config.retention_ratio = 0.5
-        assert (config.num_visual_tokens, config.retention_ratio) == (None, 0.5)
+        config.retention_ratio = 0.75
+        assert budget_of(config) == {"num_visual_tokens": None, "retention_ratio": 0.75}
 
 
 # ---------------------------------------------------------------------- saving
@@ -415,12 +467,14 @@ def test_a_budget_that_is_taken_away_leaves_the_familys_default(duplicate, famil
         {},
         {"num_visual_tokens": 64},
         {"retention_ratio": 0.3, "alpha": 2, "beta": 0, "rho": 1, "kappa": 5, "enabled": False},
-        {"text_encoder_config": TEXT, "relevance": "clip", "invert_relevance": False, "focus_mass": "budget"},
+        {"text_encoder_config": TEXT, "invert_relevance": False, "focus_mass": "budget"},
         {"pool": "view", "newline": "keep", "positions": "original"},
     ],
 )
 def test_three_generations_are_equal(settings, family, tmp_path):
-    config = family(fsr_config=settings, text_config={"vocab_size": 300, "hidden_size": 64, "model_type": "llama"})
+    if "text_encoder_config" in settings:
+        settings = {**settings, "text_encoder_config": None} | text_tower(family)
+    config = family(fsr_config=settings, architectures=["Some"])
     fields = fields_of(config.fsr_config)
     assert fields.items() >= {name: value for name, value in settings.items() if value is not TEXT}.items()
     files = []
@@ -431,12 +485,12 @@ def test_three_generations_are_equal(settings, family, tmp_path):
         config = (family if generation else AutoConfig).from_pretrained(folder)
         assert type(config) is family
         assert fields_of(config.fsr_config) == fields
-        assert config.text_config.vocab_size == 300
+        assert config.architectures == ["Some"]
     assert files[0] == files[1] == files[2]
 
 
 def test_the_file_holds_fields_of_fsr_alone(family, tmp_path):
-    config = family(fsr_config={"text_encoder_config": TEXT, "dtype": "bfloat16"})
+    config = family(fsr_config={**text_tower(family), "dtype": "bfloat16"})
     config.fsr_config._attn_implementation = "sdpa"
     config.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
@@ -444,7 +498,8 @@ def test_the_file_holds_fields_of_fsr_alone(family, tmp_path):
     nested = stored["fsr_config"]
     assert nested.keys() == {*DEFAULTS, "model_type"}
     assert nested["model_type"] == "fsr"
-    assert nested["text_encoder_config"].items() >= {**TEXT, "model_type": "clip_text_model"}.items()
+    if text_tower(family):
+        assert nested["text_encoder_config"].items() >= {**TEXT, "model_type": "clip_text_model"}.items()
     assert config.to_dict()["fsr_config"].keys() == nested.keys()
     assert json.loads(config.to_json_string()) == stored
 
@@ -470,7 +525,7 @@ def test_a_value_in_the_file_is_checked(family, tmp_path):
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
 def test_copies(duplicate, family):
-    config = family(fsr_config={"retention_ratio": 0.25, "text_encoder_config": TEXT})
+    config = family(fsr_config={"retention_ratio": 0.25, **text_tower(family)})
     for original in (config, config.fsr_config):
         twin = duplicate(original)
         assert type(twin) is type(original)
@@ -492,7 +547,7 @@ def test_configs_differ_where_a_field_differs(family):
 
 
 def test_repr(family):
-    config = family(fsr_config={"retention_ratio": 0.25, "text_encoder_config": TEXT})
+    config = family(fsr_config={"retention_ratio": 0.25, **text_tower(family)})
     for text in (repr(config), str(config), repr(config.fsr_config)):
         assert '"retention_ratio": 0.25' in text
         assert '"alpha": 3.0' in text
@@ -503,10 +558,10 @@ def test_repr(family):
 def test_unused_kwargs_come_back(family, tmp_path):
     family().save_pretrained(tmp_path)
     config, unused = family.from_pretrained(
-        tmp_path, fsr_config={"alpha": 2}, return_unused_kwargs=True, image_token_index=7, colour="red"
+        tmp_path, fsr_config={"alpha": 2}, return_unused_kwargs=True, return_dict=False, colour="red"
     )
     assert unused == {"colour": "red"}
-    assert (config.fsr_config.alpha, config.image_token_index) == (2, 7)
+    assert (config.fsr_config.alpha, config.return_dict) == (2, False)
 
 
 # ---------------------------------------------------------------------- with transformers
@@ -542,6 +597,8 @@ def test_auto_config(family, tmp_path):
 
 
 def test_attention_implementation_reaches_the_text_tower(family, tmp_path):
+    if not text_tower(family):
+        pytest.skip("no text tower")
     config = family(fsr_config={"text_encoder_config": TEXT})
     for implementation in ("eager", "sdpa"):
         config._attn_implementation = implementation
