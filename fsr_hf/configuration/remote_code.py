@@ -31,4 +31,5 @@ class RemoteCodeMixin:
     def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
         # What is newer than these times is uploaded. The code was written a moment before they are taken.
         times = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
-        return {name: time for name, time in times.items() if not name.endswith(".py")}
+        written = (".py", "fsr_manifest.json")
+        return {name: time for name, time in times.items() if not name.endswith(written)}
