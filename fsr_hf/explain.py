@@ -22,7 +22,7 @@ _DARK, _LINE = (14, 18, 26), (215, 230, 255)
 _INK, _GREY, _PAPER = (28, 32, 38), (110, 117, 127), (255, 255, 255)
 _WIDTH, _MARGIN, _GAP = 1000, 44, 12
 _SCALE = 3  # drawn larger and then reduced, lines come out smooth
-_VIDEOS = {".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm"}
+_VIDEOS = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
 
 
 def check_fsr_model(model: str, trust_remote_code: bool | None = None) -> None:
@@ -300,8 +300,9 @@ class _Canvas:
         ]
         for pair in ends:
             pen.line(pair, fill=150, width=_SCALE)
+        size = min(max(12, self.cell), 38)
         for pair in ends:
-            for (x, y), radius in zip(pair, (max(1.2, self.cell / 16), max(1.8, self.cell / 8))):
+            for (x, y), radius in zip(pair, (size / 16, size / 8)):
                 radius *= _SCALE
                 pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=235)
         self.image.paste(_LINE, (0, 0), mask)
