@@ -13,19 +13,40 @@ from pathlib import Path
 
 sys.modules["fsr_hf"] = None  # an import of it fails, installed or not
 
+import numpy as np  # noqa: E402
+from transformers.video_processing_utils import BaseVideoProcessor  # noqa: E402
+from transformers.video_utils import VideoMetadata  # noqa: E402
+
+
+def decode(self, video, sample_indices_fn=None):
+    """Decoding a file takes FFmpeg, which a machine may not have: any video is ten frames of noise."""
+    metadata = VideoMetadata(total_num_frames=10, fps=2.0, duration=5.0, height=60, width=80)
+    metadata.frames_indices = sample_indices_fn(metadata=metadata) if sample_indices_fn else list(range(10))
+    frames = np.random.default_rng(0).integers(0, 255, (10, 60, 80, 3), dtype=np.uint8)
+    return frames[metadata.frames_indices], metadata
+
+
+BaseVideoProcessor.fetch_videos = decode
 report = {}
 for card in sys.argv[1:]:
     text = Path(card).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     names: dict = {}
-    lengths, budgets = [], []
+    lengths, budgets, kept, of = [], [], 0, 0
     for number, block in enumerate(blocks):
         exec(compile(block, f"{card}, block {number + 1}", "exec"), names)
         lengths.append(names["out"].shape[1] - names["inputs"]["input_ids"].shape[1])
         budgets.append(names["model"].config.fsr_config.to_dict())
+        if number == 0:
+            model, inputs = names["model"], names["inputs"]
+            asked = {"return_dict_in_generate": True, "output_visual_selection": True}
+            (selection,) = model.generate(**inputs, max_new_tokens=1, **asked).visual_selections
+            kept = selection.indices.ge(0).sum().item()
+            of = sum(inputs["input_ids"].eq(token).sum().item() for token in model.placeholder_ids())
     report[card] = {
         "class": type(names["model"].get_base_model()).__name__,
         "lengths": lengths,
+        "kept": [kept, of],
         "budgets": [[budget[name] for name in ("num_visual_tokens", "retention_ratio")] for budget in budgets],
         "answer": names["answers"][0]["generated_text"],
         "trained": [name for name, parameter in names["model"].named_parameters() if parameter.requires_grad],

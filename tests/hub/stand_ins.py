@@ -9,6 +9,8 @@ from hub import test_export, test_export_llava_next
 from processing.test_processing_fsr_llava import QWEN_TEMPLATE
 from processing.tiny_tokenizers import LLAVA_TEMPLATE, clip_image_processor, clip_tokenizer, llama_tokenizer
 from transformers import (
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionVideoProcessor,
     LlavaProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -17,7 +19,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from fsr_hf import export
+from fsr_hf import FSRLlavaVideoConfig, FSRLlavaVideoForConditionalGeneration, FSRLlavaVideoProcessor, export
+from fsr_hf.hub.original import CHAT_TEMPLATE
 
 
 __all__ = ["STAND_INS"]
@@ -96,5 +99,49 @@ def qwen2_5_vl(folder: Path) -> Path:
     return export(folder / "stock", folder / "fsr", progress=False)
 
 
-# By `model_type`. A family has none as long as it cannot be exported.
-STAND_INS = {"fsr_llava": llava, "fsr_llava_next": llava_next, "fsr_qwen2_5_vl": qwen2_5_vl}
+def llava_video(folder: Path) -> Path:
+    tokenizer = llama_tokenizer(extra_special_tokens={"image_token": "<image>", "video_token": "<video>"})
+    side = 35  # pixels, 5 x 5 patches, pooled to 3 x 3
+    config = FSRLlavaVideoConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": side,
+            "patch_size": 7,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        image_grid_pinpoints=[[side, 2 * side], [2 * side, side]],
+    )
+    FSRLlavaVideoForConditionalGeneration(config).save_pretrained(folder / "source")
+    pixels = {"size": {"height": side, "width": side}}
+    FSRLlavaVideoProcessor(
+        LlavaOnevisionImageProcessor(**pixels, image_grid_pinpoints=config.image_grid_pinpoints),
+        tokenizer,
+        LlavaOnevisionVideoProcessor(**pixels, num_frames=4),
+        num_image_tokens=25,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder / "source")
+    return export(folder / "source", folder / "fsr", progress=False)
+
+
+# By `model_type`.
+STAND_INS = {
+    "fsr_llava": llava,
+    "fsr_llava_next": llava_next,
+    "fsr_llava_video": llava_video,
+    "fsr_qwen2_5_vl": qwen2_5_vl,
+}
