@@ -199,6 +199,10 @@ def test_attended_entries(case):
         mask = call["attention_mask"]
         if mask.ndim == 2:
             assert mask.sum(-1).tolist() == [length + step for length in lengths]
+        for row, prompt in enumerate(case.prompts):  # several axes: the last three are of the model
+            positions = call["position_ids"][..., row, :][-3 if call["position_ids"].ndim == 3 else None :]
+            expected = prompt.positions[..., 0, :] if step == 0 else prompt.positions[..., 0, -1:] + step
+            assert torch.equal(positions[..., -expected.shape[-1] :], expected)
     assert len(calls) == 3
     assert out.past_key_values.get_seq_length() == max(lengths) + 2
 
@@ -1220,9 +1224,14 @@ def test_offloaded_weights(case):
 
 
 def labels_for(inputs):
-    """All ids but padding and the first of a row, which padding would have to predict."""
+    """
+    All ids but padding and the first of a row, which padding would have to predict. The first column keeps its label,
+    which nothing predicts.
+    """
     mask = inputs["attention_mask"]
-    return inputs["input_ids"].masked_fill((mask == 0) | (mask.cumsum(-1) == 1), -100)
+    labels = inputs["input_ids"].masked_fill((mask == 0) | (mask.cumsum(-1) == 1), -100)
+    labels[:, 0] = inputs["input_ids"][:, 0]
+    return labels
 
 
 def reference_loss(case, prompts, logits, count=None):
@@ -1297,8 +1306,10 @@ def test_logits_to_keep(case):
             close(case.model(**case.inputs, logits_to_keep=number).logits, full[:, -number:])
         labels = labels_for(case.inputs)
         loss = case.model(**case.inputs, labels=labels).loss
-        # The loss of all labels, whatever logits are asked for, as the oracle of `test_forward` has it.
-        close(case.model(**case.inputs, labels=labels, logits_to_keep=0).loss, loss)
+        for keep in (3, torch.tensor([case.length - 1, 2])):  # the loss is that of all labels
+            out = case.model(**case.inputs, labels=labels, logits_to_keep=keep)
+            close(out.loss, loss)
+            close(out.logits, full[:, -3:] if isinstance(keep, int) else full[:, keep])
         index = torch.tensor([case.length - 1, 0, 5, case.length - 4])
         close(case.model(**case.inputs, logits_to_keep=index).logits, full[:, index])
         per_row = torch.stack([(index + row) % case.length for row in range(len(case.rows))])
