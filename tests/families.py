@@ -434,10 +434,10 @@ LLAVA_VIDEO_SIZES = {"image": (40, 65), "large": (90, 100)}  # the tokens of a l
 LLAVA_VIDEO_MAX_VIEWS = 2
 
 
-def llava_video_item(num_frames: int, generator: torch.Generator) -> Item:
-    """A video."""
+def llava_video_item(num_frames: int, generator: torch.Generator, side: int = 3) -> Item:
+    """A video, whose frames are pooled to `side` x `side`."""
     pixels = torch.randn(1, num_frames, 3, SIGLIP_PIXELS, SIGLIP_PIXELS, generator=generator)
-    length = num_frames * 3 * (3 + 1)
+    length = num_frames * side * (side + 1)
     return Item("video", [VIDEO_TOKEN] * length, {"pixel_values_videos": pixels}, length)
 
 

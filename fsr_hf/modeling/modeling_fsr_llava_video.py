@@ -154,11 +154,12 @@ class FSRLlavaVideoForConditionalGeneration(
         layer = self._feature_layer(vision_feature_layer, vision_feature_select_strategy)
         num_frames = self._num_frames(pixel_values_videos, video_num_frames)
         frames = torch.cat([video[:number] for video, number in zip(pixel_values_videos, num_frames)])
-        outputs = self.model.vision_tower(frames, **{"output_hidden_states": [layer], **kwargs}, return_dict=True)
+        # An index of 5.17 counts the outputs of blocks, later ones count the input of the first block, too.
+        states = [layer - 2, layer - 1, layer] if layer > 1 else True
+        outputs = self.model.vision_tower(frames, **{"output_hidden_states": states, **kwargs}, return_dict=True)
         with own_weights(self.model):
-            newline = self.model.image_newline
-            features = self._pool(self.model.multi_modal_projector(outputs.hidden_states[layer]))
-            newlines = newline.to(features).expand(*features.shape[:2], 1, -1)
+            features = self._pool(self.model.multi_modal_projector(self._hidden_state(outputs, layer)))
+            newlines = self.model.image_newline.to(features).expand(*features.shape[:2], 1, -1)
             features = torch.cat([features, newlines], dim=2)  # [frames, rows, columns + 1, D]
         outputs.pooler_output = [video.flatten(0, 2) for video in features.split(num_frames)]
         return outputs
@@ -168,13 +169,8 @@ class FSRLlavaVideoForConditionalGeneration(
         if pixel_values_videos is None:
             return
         layer = self._feature_layer(**visual)
-        outputs = self.get_video_features(
-            pixel_values_videos,
-            visual.get("video_num_frames"),
-            vision_feature_layer=layer,
-            output_hidden_states=[layer - 1, layer],
-        )
-        saliency = self._pool(self._saliency(layer, outputs.hidden_states[layer - 1])[..., None])
+        outputs = self.get_video_features(pixel_values_videos, visual.get("video_num_frames"), layer)
+        saliency = self._pool(self._saliency(layer, self._hidden_state(outputs, layer - 1))[..., None])
         saliency = nn.functional.pad(saliency, (0, 0, 0, 1)).flatten()  # [placeholders of all videos]
         yield from zip(outputs.pooler_output, saliency.split([len(run) for run in outputs.pooler_output]))
 
@@ -192,10 +188,15 @@ class FSRLlavaVideoForConditionalGeneration(
                 output_hidden_states=[layer - 1, layer],
                 return_dict=True,
             )
-        saliency = self._saliency(layer, outputs.hidden_states[layer - 1])[..., None]  # [views, area, 1]
+        saliency = self._saliency(layer, self._hidden_state(outputs, layer - 1))[..., None]  # [views, area, 1]
         num_views = [1 + rows * columns for rows, columns in self._tiles(**visual)]
         packed = self._pack(saliency.split(num_views), saliency.new_zeros(1), **visual)
         yield from zip(outputs.pooler_output, (score[:, 0] for score in packed))
+
+    def _hidden_state(self, outputs: Any, number: int) -> torch.Tensor:
+        """The input of block `number`, or of what follows the last; that of the first may be missing in `outputs`."""
+        missing = self.config.vision_config.num_hidden_layers + 1 - len(outputs.hidden_states)
+        return outputs.hidden_states[number - missing]
 
     def _saliency(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """Attention that each patch of a view receives in the block whose output is `layer`: `(views, area)`."""
