@@ -70,9 +70,10 @@ def _check_metadata(card: ModelCard, is_complete: bool) -> list[str]:
         faults.append("metadata: base_model and base_model_relation need each other")
     if metadata.get("license") == "other" and not {"license_name", "license_link"} <= metadata.keys():
         faults.append("metadata: license other needs license_name and license_link")
+    languages = metadata.get("language", [])
     faults += [
         f"metadata: language {language!r} is no ISO 639-1 code"
-        for language in metadata.get("language", [])
+        for language in ([languages] if isinstance(languages, str) else languages)
         if not re.fullmatch("[a-z]{2}", language)
     ]
     tags = metadata.get("tags", [])

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from functools import cache
 from importlib.metadata import requires
@@ -123,6 +124,7 @@ def render_card(
     if model_type is None or model_type not in data["families"]:
         raise ValueError(f"`model_type={model_type!r}` has no card; there are {', '.join(data['families'])}.")
     family = data["families"][model_type]
+    name = name or family["name"].lower()
     if fsr_config is None:
         fsr_config = {default_budget(model_type).name: default_budget(model_type).value, "invert_relevance": True}
         fsr_config |= {"text_encoder_config": {} if "text_encoder" in family else None}
@@ -131,6 +133,7 @@ def render_card(
     table = data["paper"]["tables"][facts.get("table", family["table"])]
     is_reported = "table" in facts
     has_relevance = fsr_config.get("relevance") != "none" and fsr_config.get("text_encoder_config") is not None
+    text_encoder = family.get("text_encoder") if facts else None  # somebody's own may have another one
     licence = data["licences"].get(facts.get("licence"))
 
     metadata: dict[str, Any] = {key: value for key, value in (base_metadata or {}).items() if key in _BASE_METADATA}
@@ -156,7 +159,7 @@ def render_card(
         code_licence=data["licences"][data["code"]["licence"]],
         paper=data["paper"],
         family=family,
-        title=facts.get("title", name),
+        title=facts.get("title") or (name if model else family["name"]),
         about=facts.get("about"),
         budget=budget,
         num_tokens=table["num_tokens"]
@@ -172,8 +175,8 @@ def render_card(
         has_relevance=has_relevance,
         is_inverted=fsr_config.get("invert_relevance", True),
         inverted=data["inverted_relevance"],
-        text_encoder=family.get("text_encoder"),
-        text_encoder_licence=data["text_encoders"].get(family.get("text_encoder"), {}).get("licence"),
+        text_encoder=text_encoder,
+        text_encoder_licence=data["text_encoders"][text_encoder]["licence"] if text_encoder else None,
         licence=licence,
         repo_id=repo_id,
         revision=revision or f"v{__version__}",
@@ -217,8 +220,8 @@ def read_base(source: str | os.PathLike, folder: Path) -> tuple[str | None, dict
     """
     metadata: dict[str, Any] = {}
     if (folder / "README.md").is_file():
-        card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
-        metadata = card.data.to_dict()
+        with suppress(ValueError, yaml.YAMLError):  # a card that cannot be read is none
+            metadata = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
     if "focus-scan-refine" in metadata.get("tags", []):
         return metadata.get("base_model"), metadata
     in_cache = re.search(r"models--([^/]+)--([^/]+)/snapshots/[^/]+$", folder.resolve().as_posix())
@@ -243,7 +246,7 @@ def _find(model: str | None) -> tuple[str, dict[str, Any]]:
     for name, facts in card_data()["models"].items():
         if model is not None and model in (name, facts.get("base_model")):
             return name, facts
-    return (model or "model").rpartition("/")[2], {}
+    return (model or "").rpartition("/")[2], {}
 
 
 def _budgets(table: Mapping[str, Any]) -> list[tuple[Budget, Mapping[str, Any]]]:

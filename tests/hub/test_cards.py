@@ -261,6 +261,7 @@ def test_own_measurements_stand_apart(monkeypatch):
 def test_card_of_somebody_elses_checkpoint():
     card = render_card("me/llava-med", model_type="fsr_llava", base_metadata={"license": "mit", "tags": ["medical"]})
     assert check_card(str(card), is_complete=False) == []
+    assert check_card(str(card).replace("license: mit", "license: mit\nlanguage: en"), is_complete=False) == []
     assert [fault for fault in check_card(str(card)) if "language" not in fault] == [
         "metadata: license is 'mit', not one of apache-2.0, llama2, other"
     ]
@@ -271,6 +272,9 @@ def test_card_of_somebody_elses_checkpoint():
     nobody = render_card(model_type="fsr_llava")
     assert nobody.data.get("base_model") is None and "base_model_relation" not in nobody.data.to_dict()
     assert "**Same weights as the checkpoint that it was made from; not a new training.**" in nobody.text
+    assert nobody.text.startswith("\n# LLaVA-1.5 with FSR\n") and '"org/llava-1.5-fsr"' in nobody.text
+    for text in (card.text, nobody.text):  # its CLIP may be another one, too
+        assert "text side of the CLIP of the vision tower" in text and "openai" not in text
     with pytest.raises(ValueError, match="`model_type='fsr_opt'` has no card; there are fsr_llava, "):
         render_card("me/mine", model_type="fsr_opt")
 
@@ -383,6 +387,9 @@ def test_base_of_a_source(tmp_path):
     )
     assert read_base(stock, stock)[0] == "me/llava-med"
     assert read_base(tmp_path, tmp_path) == (None, {})
+    for broken in ("---\nlicense: [\n---\n", "---\n- mit\n---\n", "# No metadata\n"):
+        (tmp_path / "README.md").write_text(broken)
+        assert read_base(tmp_path, tmp_path) == (None, {})
 
 
 def test_wheel_brings_template_and_data(tmp_path):
@@ -413,6 +420,7 @@ def test_examples_run(model_type, tmp_path):
     """A reader copies the python blocks of a card, all of them, where transformers and PEFT are installed alone."""
     names = [name for name, facts in card_data()["models"].items() if facts["family"] == model_type]
     checkpoint = STAND_INS[model_type](tmp_path)
+    assert check_card((checkpoint / "README.md").read_text(), checkpoint, is_complete=False) == []
     work = tmp_path / "work"
     for name in names:
         repository = work / "org" / f"{name}-fsr"
