@@ -298,9 +298,10 @@ def test_stopping_criteria_of_transformers(case):
     tokens = case.generate(stopping_criteria=StoppingCriteriaList([EosTokenCriteria(eos)]))
     assert torch.equal(tokens, expected)
     assert torch.equal(case.generate(eos_token_id=eos), expected)
-    # One number for the whole prompt.
+    # A length of the whole prompt, which takes the place of the one that `generate` would set.
     criteria = StoppingCriteriaList([MaxLengthCriteria(case.length + 5)])
-    assert torch.equal(case.generate(stopping_criteria=criteria, max_new_tokens=50), case.expected[0][:, :5])
+    for number in (3, 50):
+        assert torch.equal(case.generate(stopping_criteria=criteria, max_new_tokens=number), case.expected[0][:, :5])
 
 
 @pytest.mark.parametrize(
