@@ -19,9 +19,15 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
 )
 
-from fsr_hf import FSRLlavaForConditionalGeneration, FSRLlavaNextForConditionalGeneration
+from fsr_hf import (
+    FSRLlavaForConditionalGeneration,
+    FSRLlavaNextForConditionalGeneration,
+    FSRLlavaVideoForConditionalGeneration,
+)
 from fsr_hf.modeling.pools import select_from_pools
 from fsr_hf.modeling.prompt import lay_out
 
@@ -71,7 +77,7 @@ MISTRAL_7B = {
     "max_position_embeddings": 32768,
     "sliding_window": None,
 }
-IMAGE_TOKEN = 32000
+IMAGE_TOKEN, VIDEO_TOKEN = 32000, 151647
 
 
 @dataclass(frozen=True)
@@ -170,12 +176,44 @@ def llava_next(name: str, text_config: dict[str, Any], parameters: float) -> Pub
     )
 
 
+# ---------------------------------------------------------------------- LLaVA-Video
+
+QWEN2_7B = {
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 32768,
+}
+
+
+def video_prompt(num_frames: int, kept: int) -> Prompt:
+    inputs = {"pixel_values_videos": torch.empty(1, num_frames, 3, 384, 384, device="meta")}
+    return Prompt(inputs, [VIDEO_TOKEN] * (num_frames * 14 * 15), num_frames * 14 * 14, kept)
+
+
+LLAVA_VIDEO = Published(
+    "LLaVA-Video-7B-Qwen2",
+    FSRLlavaVideoForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionConfig,
+    {"text_config": QWEN2_7B},
+    8.03,
+    {"32 frames": lambda: video_prompt(32, 1254), "64 frames": lambda: video_prompt(64, 2509)},
+    has_text_encoder=False,
+)
+
+
 PUBLISHED = [
     llava("llava-1.5-7b", VICUNA_7B, 7.06),
     llava("llava-1.5-13b", VICUNA_13B, 13.35),
     llava_next("llava-v1.6-vicuna-7b", VICUNA_7B, 7.06),
     llava_next("llava-v1.6-mistral-7b", MISTRAL_7B, 7.57),
     llava_next("llava-v1.6-vicuna-13b", VICUNA_13B, 13.35),
+    LLAVA_VIDEO,
 ]
 PROMPTS = [pytest.param(model, name, id=f"{model}-{name}") for model in PUBLISHED for name in model.prompts]
 
