@@ -162,7 +162,8 @@ class FSRQwen2_5_VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin,
             `torch.FloatTensor` of shape `(tokens,)`, float32, in the order of the merger's output.
         """
         tower: Any = self.model.visual
-        merge, attention = tower.spatial_merge_size, tower.blocks[-1].attn
+        merge, block = tower.spatial_merge_size, tower.blocks[-1]
+        attention = block.attn
         window_index, _ = get_vision_window_index(grid, merge, tower.window_size, tower.patch_size)
         window_index = window_index.to(hidden_states.device)
         positions = tower.rotary_pos_emb(hidden_states, get_vision_position_ids(grid, merge))  # cos and sin
@@ -170,8 +171,8 @@ class FSRQwen2_5_VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin,
             tower.permute_input_for_window_attn(part.to(hidden_states.device), window_index, seq_len=len(part))
             for part in positions
         )
-        qkv = attention.qkv(tower.blocks[-1].norm1(hidden_states)).unflatten(-1, (3, attention.num_heads, -1))
-        query, key, _ = qkv.unbind(1)  # [patches, heads, head_dim]
+        query, key = attention.qkv(block.norm1(hidden_states)).chunk(3, dim=-1)[:2]
+        query, key = (states.unflatten(-1, (attention.num_heads, -1)) for states in (query, key))
         query, key = apply_rotary_pos_emb_vision(query, key, cos.to(query.device), sin.to(query.device))
         # Windows do not cross slices, so slices are segments in window order, too.
         slices = [h * w for t, h, w in grid.tolist() for _ in range(t)]
@@ -191,10 +192,13 @@ class FSRQwen2_5_VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin,
     def full_position_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **visual) -> torch.Tensor:
         """Time, height and width of the whole prompt: `(3, batch, length)`. Computed on the host, item by item."""
         names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-        inputs = {name: visual.get(name) for name in names}
-        ids, mask, inputs = _to_host(input_ids), _to_host(attention_mask), {k: _to_host(v) for k, v in inputs.items()}
-        types = sum((ids == self._placeholder_id(name)).long() * number for number, name in enumerate(_INPUTS, 1))
-        positions, _ = self.model.get_rope_index(ids, mm_token_type_ids=types, attention_mask=mask, **inputs)
+        ids, mask, *rest = (
+            value.cpu() if isinstance(value, torch.Tensor) else value
+            for value in (input_ids, attention_mask, *(visual.get(name) for name in names))
+        )
+        types = (ids == self.config.image_token_id).long() + 2 * (ids == self.config.video_token_id).long()
+        inputs = {"mm_token_type_ids": types, "attention_mask": mask, **dict(zip(names, rest))}
+        positions, _ = self.model.get_rope_index(ids, **inputs)
         return positions.to(input_ids.device, non_blocking=True)
 
     def _get_candidate_generator(self, model_kwargs: dict[str, Any], assistant_model=None, **kwargs):
@@ -294,10 +298,6 @@ class FSRQwen2_5_VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin,
         if position_ids is None and is_start and cache is not None:
             cache.rope_deltas = self.model.rope_deltas
         return outputs
-
-
-def _to_host(value):
-    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 # transformers knows the layouts of stock classes alone: without this an old checkpoint leaves every weight random.
