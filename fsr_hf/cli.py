@@ -68,7 +68,7 @@ def export(
             link=link,
             verify=verify,
         )
-    except (OSError, ValueError) as error:
+    except _hub_errors() as error:
         _fail(error)
     typer.echo(f'{output_dir} is ready: AutoModel.from_pretrained("{output_dir}", trust_remote_code=True)')
 
@@ -95,7 +95,7 @@ def push(
 
     try:
         pushed = push_folder(folder, repo_id, private=private, tag=tag, revision=revision)
-    except (OSError, ValueError, RuntimeError) as error:
+    except _hub_errors() as error:
         _fail(error)
     typer.echo(pushed.url)
     typer.echo(f'AutoModel.from_pretrained("{repo_id}", revision="{pushed.revision}", trust_remote_code=True)')
@@ -115,7 +115,7 @@ def verify(
 
     try:
         differences = verify_folder(source)
-    except (OSError, ValueError) as error:
+    except _hub_errors() as error:
         _fail(error)
     for difference in differences:
         typer.echo(difference)
@@ -221,6 +221,13 @@ def explain(
         f"{output}: {counts['kept']} of {counts['tokens']} visual tokens kept, {counts['focus']} Focus and "
         f"{counts['scan']} Scan; {counts['merged']} merged."
     )
+
+
+def _hub_errors() -> tuple[type[BaseException], ...]:
+    """What ends a command that talks to the Hub; a lost connection is an error of the client's HTTP library."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)
 
 
 def _fail(error: Exception | str, code: int = 1) -> NoReturn:

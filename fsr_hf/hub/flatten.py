@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING  # noqa: E402
 
 if TYPE_CHECKING:
     # transformers copies and downloads the files that it finds named in imports. These names keep the code together
-    # when a config or a processor is loaded or saved by itself.
+    # when a config or a processor is loaded or saved by itself. After an interrupted download it asks again only for
+    # files that this one names: so it names them all.
 """
 
 
@@ -62,6 +63,8 @@ def flat_files(family: Family) -> dict[str, str]:
     entries = {cls.__module__: cls.__name__ for cls in family.classes}
     files: dict[str, str] = {}
     origin: dict[str, str] = {}
+    direct: dict[str, dict[str, str]] = {}  # what an entry imports
+    names = dict(entries)  # of each module, a name in it
     pending = list(entries)
     while pending:
         module = pending.pop()
@@ -72,23 +75,25 @@ def flat_files(family: Family) -> dict[str, str]:
             continue
         source, needed = _flatten_module(module)
         if module in entries:
-            others = {other: name for other, name in entries.items() if other != module and other not in needed}
-            if others:
-                source += _TRAVELS_WITH
-                for other, name in others.items():
-                    source += f"    from .{other.rpartition('.')[2]} import {name}  # noqa: F401\n"
+            direct[module] = needed
         files[f"{basename}.py"] = f"# Generated from {_PACKAGE} {__version__} ({module}), do not edit.\n{source}"
         pending += needed
+        names = needed | names
+    for module, needed in direct.items():
+        others = sorted(names.keys() - needed.keys() - {module})
+        if others:
+            lines = (f"    from .{other.rpartition('.')[2]} import {names[other]}  # noqa: F401\n" for other in others)
+            files[f"{module.rpartition('.')[2]}.py"] += _TRAVELS_WITH + "".join(lines)
     return dict(sorted(files.items()))
 
 
-def _flatten_module(module: str) -> tuple[str, list[str]]:
-    """The source of `module` with its in-package imports made flat, and the modules that these name."""
+def _flatten_module(module: str) -> tuple[str, dict[str, str]]:
+    """The source of `module` with its in-package imports made flat, and the modules that these name, with a name."""
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.loader is not None
     source = spec.loader.get_source(module)  # type: ignore[attr-defined]
     lines = source.split("\n")
-    needed = []
+    needed: dict[str, str] = {}
     for node, is_optional in _imports(ast.parse(source)):
         place = f"{module}, line {node.lineno}, `{ast.unparse(node)}`"
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -100,7 +105,7 @@ def _flatten_module(module: str) -> tuple[str, list[str]]:
             if not found:
                 raise ValueError(f"{place}: write `from .x import` on one line.")
             lines[node.lineno - 1] = before + statement
-            needed.append(target)
+            needed[target] = node.names[0].name
         else:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             for name in names:

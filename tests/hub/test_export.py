@@ -29,7 +29,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 from typer.testing import CliRunner
 
 from fsr_hf import FSRLlavaConfig, FSRLlavaForConditionalGeneration, FSRLlavaProcessor, export
@@ -247,6 +247,8 @@ def test_flat_files_import_no_stranger(family, tmp_path):
     for reference in family.auto_map.values():  # as transformers follows imports: from every class to every file
         entry = tmp_path / f"{reference.partition('.')[0]}.py"
         assert {Path(file).name for file in get_relative_import_files(entry)} | {entry.name} == set(files)
+        # After an interrupted download it asks again for those alone that this file names.
+        assert {f"{name}.py" for name in get_relative_imports(entry)} | {entry.name} == set(files)
 
 
 def toy_family(root: Path, monkeypatch, name: str, **modules: str) -> Family:

@@ -1,0 +1,221 @@
+"""What an export writes beside the model, and what `verify` and `push` make of a folder that is not right."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from hub.test_export import checkpoints  # noqa: F401 (a fixture)
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoProcessor
+from typer.testing import CliRunner
+
+from fsr_hf import export
+from fsr_hf.cli import app
+from fsr_hf.hub.cards import card_data
+from fsr_hf.hub.manifest import MANIFEST, compare_manifest, read_manifest
+from fsr_hf.hub.verify import check_code, check_loads, verify
+
+
+@pytest.fixture
+def folder(checkpoints, tmp_path):  # noqa: F811
+    """An export that a test may spoil."""
+    return shutil.copytree(checkpoints.fsr, tmp_path / "fsr")
+
+
+def edit(file, change) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_manifest_lists_every_file(folder):
+    _, listed = read_manifest(folder)
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(listed) == present - {MANIFEST, "README.md"}
+    assert {"config.json", "query_tokenizer/tokenizer.json", "model-00001-of-00002.safetensors"} <= set(listed)
+    assert verify(folder) == [] and check_loads(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "lines"),
+    [
+        (lambda f: (f / "README.md").write_text("mine"), []),
+        (lambda f: (f / "LICENSE").write_text("mine"), []),
+        (lambda f: (f / "chat_template.jinja").unlink(), ["chat_template.jinja is missing"]),
+        (
+            lambda f: edit(f / "generation_config.json", lambda c: c.update(num_beams=2)),
+            ["generation_config.json has"],
+        ),
+        (lambda f: (f / "fsr.py").unlink(), ["fsr.py is missing", "fsr.py is missing"]),
+        (lambda f: (f / "evil.py").write_text(""), ["evil.py is not in the manifest", "evil.py is no file of fsr-hf"]),
+        (lambda f: (f / "pytorch_model.bin").write_bytes(b""), ["pytorch_model.bin is not in the manifest"]),
+        (
+            lambda f: edit(f / "config.json", lambda c: c["auto_map"].update(AutoModel="org/evil--x.Y")),
+            ["config.json has", "config.json: `auto_map` is"],
+        ),
+        (
+            lambda f: edit(
+                f / "tokenizer_config.json", lambda c: c.update(auto_map={"AutoTokenizer": ["evil.X", None]})
+            ),
+            ["tokenizer_config.json has", "tokenizer_config.json: `auto_map` names other code"],
+        ),
+        (lambda f: (f / MANIFEST).unlink(), [f"{MANIFEST} is missing"]),
+        (lambda f: (f / MANIFEST).write_text("{}"), [f"{MANIFEST} cannot be read"]),
+        (lambda f: (f / MANIFEST).write_text("[1"), [f"{MANIFEST} cannot be read"]),
+    ],
+)
+def test_verify_names_what_differs(spoil, lines, folder):
+    spoil(folder)
+    found = verify(folder)
+    assert len(found) == len(lines), found
+    assert all(line.startswith(start) for line, start in zip(found, lines)), found
+    done = CliRunner().invoke(app, ["verify", str(folder)])
+    assert done.exit_code == bool(lines)
+    assert done.stdout.splitlines() == (found or [f"{folder} is what its manifest says."])
+
+
+def test_one_bit_of_the_weights(folder):
+    shard = folder / "model-00001-of-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert verify(folder) == [f"{shard.name} has other contents"]
+
+
+def test_code_of_another_version_is_left_to_the_manifest(folder):
+    (folder / "fsr.py").write_text("# another version\n")
+    assert check_code(folder, "0.0.1") == []
+    assert check_code(folder) == ["fsr.py is not that of fsr-hf 0.1.0"]
+
+
+def test_saved_by_the_installed_package(checkpoints, tmp_path):  # noqa: F811
+    """The code is listed at once; weights and settings that come later are not, and a later save makes it no lie."""
+    folder = shutil.copytree(checkpoints.fsr, tmp_path / "fsr")
+    config = AutoConfig.from_pretrained(folder)
+    config.fsr_config.num_visual_tokens = 3
+    config.save_pretrained(folder)
+    assert verify(folder) == []
+    AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    assert verify(tmp_path / "saved") == check_loads(tmp_path / "saved") == []
+    assert all(name.endswith(".py") for name in read_manifest(tmp_path / "saved")[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ("missing", "weights: missing lm_head.weight"),
+        (
+            "shape",
+            "weights: model.multi_modal_projector.linear_1.weight has the shape (3, 16), and should have (32, 16)",
+        ),
+        ("processor", "does not load: "),
+        ("budget", "does not load: `num_visual_tokens=0`"),
+        ("shard", "lacks shards"),
+    ],
+)
+def test_what_would_not_load(change, fault, folder):
+    shard = folder / "model-00001-of-00002.safetensors"
+    tensors = load_file(shard)
+    if change == "missing":
+        del tensors["language_model.lm_head.weight"]
+        edit(folder / "model.safetensors.index.json", lambda c: c["weight_map"].pop("language_model.lm_head.weight"))
+    elif change == "shape":
+        tensors["multi_modal_projector.linear_1.weight"] = torch.zeros(3, 16)
+    elif change == "processor":
+        shutil.rmtree(folder / "query_tokenizer")
+    elif change == "budget":
+        edit(folder / "config.json", lambda c: c["fsr_config"].update(num_visual_tokens=0))
+    save_file(tensors, shard)
+    if change == "shard":
+        shard.unlink()
+    (found,) = check_loads(folder)
+    assert fault in found
+    done = CliRunner().invoke(app, ["push", str(folder), "org/name"])
+    assert done.exit_code == 1 and done.stderr.startswith(f"fsr-hf: {folder} is not uploaded: ")
+
+
+def test_export_that_would_not_load_is_refused(checkpoints, tmp_path):  # noqa: F811
+    source = shutil.copytree(checkpoints.stock, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"would not load whole: weights: missing lm_head\.weight"):
+        export(source, tmp_path / "fsr", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    export(source, tmp_path / "fsr", verify=False, progress=False)
+    done = CliRunner().invoke(app, ["export", str(source), str(tmp_path / "cli"), "--no-verify"])
+    assert done.exit_code == 0, done.stderr
+
+
+@pytest.mark.parametrize("step", ["_copy_shard", "_write_json", "_copy_files", "_name_processor", "write_card"])
+def test_killed_export_leaves_nothing_that_loads(step, checkpoints, tmp_path):  # noqa: F811
+    """SIGKILL in the middle of the export, at a step; then another export to the same place."""
+    target = tmp_path / "fsr"
+    if (child := os.fork()) == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"fsr_hf.hub.export.{step}", lambda *args, **kw: os.kill(os.getpid(), signal.SIGKILL))
+            export(checkpoints.stock, target, text_encoder=checkpoints.clip, progress=False)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    left = tmp_path / "fsr.incomplete"
+    assert not target.exists() and left.is_dir()
+    if step == "write_card":  # all that a loader needs is there, and right
+        assert check_loads(left) == [] and verify(left) == []
+    else:
+        with pytest.raises((OSError, ValueError)):
+            AutoModel.from_pretrained(left)
+    done = CliRunner().invoke(app, ["push", str(left), "org/name"])
+    assert done.exit_code == 1 or step == "write_card"
+    export(checkpoints.stock, target, progress=False)
+    assert list(tmp_path.iterdir()) == [target] and verify(target) == []
+
+
+def test_licence_of_the_base(checkpoints, tmp_path):  # noqa: F811
+    base = "llava-hf/llava-1.5-7b-hf"
+    folder = export(checkpoints.stock, tmp_path / "fsr", base_model=base, progress=False)
+    notice = (folder / "NOTICE").read_text()
+    assert notice.startswith(card_data()["licences"]["llama2"]["notice"])
+    assert f"base_model: {base}" in (folder / "README.md").read_text()
+    assert "NOTICE" in read_manifest(folder)[1]
+    done = CliRunner().invoke(app, ["push", str(folder), "org/name"])
+    assert done.exit_code == 1 and "wants a copy of itself to go along" in done.stderr
+    assert done.stderr.count("\n") == 1
+    # An export of the export knows its base, and what is there stays.
+    (folder / "NOTICE").write_text("mine")
+    again = export(folder, tmp_path / "again", progress=False)
+    assert f"base_model: {base}" in (again / "README.md").read_text()
+    assert (again / "NOTICE").read_text() == "mine"
+    assert not (checkpoints.fsr / "NOTICE").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["push", "nowhere", "org/name"], "nowhere is no folder"),
+        (["push", ".", "org/name"], "fsr_manifest.json is missing"),
+        (["verify", "nowhere at all"], "is neither a folder nor the id of a Hub repository"),
+        (["verify", "org/name"], "offline"),
+    ],
+)
+def test_errors_take_one_line(arguments, error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("fsr-hf: ") and error in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_manifest_of_files_on_a_server(folder):
+    from fsr_hf.hub.manifest import Fingerprint
+
+    shard = "model-00001-of-00002.safetensors"
+    known = {shard: Fingerprint.of(folder / shard)}
+    (folder / shard).unlink()
+    assert compare_manifest(folder, known) == []
+    assert compare_manifest(folder) == [f"{shard} is missing"]
+    assert compare_manifest(folder, {shard: Fingerprint(known[shard].size, "0" * 64)}) == [
+        f"{shard} has other contents"
+    ]
