@@ -26,6 +26,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -302,6 +303,47 @@ def test_stopping_criteria_of_transformers(case):
     criteria = StoppingCriteriaList([MaxLengthCriteria(case.length + 5)])
     for number in (3, 50):
         assert torch.equal(case.generate(stopping_criteria=criteria, max_new_tokens=number), case.expected[0][:, :5])
+
+
+def test_processors_and_criteria_in_the_place_of_those_of_transformers(case):
+    """One from the caller replaces the one of the same class that `generate` makes; both would be another answer."""
+    first, second = case.expected[0][0, [1, 3]].tolist()
+    assert first not in case.expected[0][0, 3:]
+    tokens = case.generate(
+        case.family.inputs(case.rows[:1]),
+        stopping_criteria=StoppingCriteriaList([EosTokenCriteria(second)]),
+        eos_token_id=first,
+    )
+    assert torch.equal(tokens, case.expected[0][:1, :4])
+
+    length = case.one["input_ids"].shape[1]
+    prompts = case.compress([case.repeated])
+
+    def from_the_end_of_the_prompt(rows, logits):
+        return penalize(2.0)([row[length:] for row in rows], logits)
+
+    for options, choose in (
+        ({}, penalize(2.0)),
+        ({"prompt_ignore_length": length}, from_the_end_of_the_prompt),
+    ):
+        expected = case.oracle.decode(prompts, NEW, choose)[0]
+        processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0, **options)])
+        tokens = case.generate(case.one, logits_processor=processors, repetition_penalty=1.0 if options else 9.0)
+        assert torch.equal(tokens, expected), options
+
+
+def test_callbacks_under_beams(case):
+    """Every beam of a row comes with the caller's prompt of that row."""
+    criterion, processor = Recorder(stop_at=case.length + 3), Recorder()
+    tokens = case.generate(
+        num_beams=3,
+        stopping_criteria=StoppingCriteriaList([criterion]),
+        logits_processor=LogitsProcessorList([processor]),
+    )
+    assert torch.equal(tokens, torch.stack([case.oracle.beam_search(prompt, 3, 3)[0][0] for prompt in case.prompts]))
+    for ids in (*criterion.seen, *processor.seen):
+        prompts = case.inputs["input_ids"].repeat_interleave(len(ids) // len(case.rows), 0)
+        assert torch.equal(ids[:, : case.length], prompts)
 
 
 @pytest.mark.parametrize(
@@ -746,7 +788,7 @@ def penalize(penalty):
     def choose(rows, logits):
         logits = logits.clone()
         for row, scores in zip(rows, logits):
-            seen = torch.tensor(sorted(set(row)))
+            seen = torch.tensor(sorted(set(row)), dtype=torch.long)
             scores[seen] = torch.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
         return logits.argmax(-1)
 

@@ -4,17 +4,30 @@ from typing import Any
 
 import torch
 from transformers import (
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MaxTimeCriteria,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
 )
 from transformers.generation.streamers import BaseStreamer
 
 
 __all__ = ["CallerView"]
+
+# They give the same on the compressed prompt, which has the same ids, each at least once, and the same end. They keep
+# their class: `generate` puts one from the caller in the place of its own of that class.
+_SAME_ON_BOTH = (
+    EosTokenCriteria,
+    MaxTimeCriteria,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 
 
 class CallerView:
@@ -43,7 +56,7 @@ class CallerView:
         """The caller's callbacks, each behind this view."""
         arguments = dict(arguments)
         if arguments["logits_processor"] is not None:
-            processors = [_CallerLogitsProcessor(self, processor) for processor in arguments["logits_processor"]]
+            processors = [self._wrap_processor(processor) for processor in arguments["logits_processor"]]
             arguments["logits_processor"] = LogitsProcessorList(processors)
         if arguments["stopping_criteria"] is not None:
             criteria = [self._wrap_criterion(criterion) for criterion in arguments["stopping_criteria"]]
@@ -61,8 +74,15 @@ class CallerView:
     def _restore_row(self, input_ids: torch.Tensor, row: int) -> torch.Tensor:
         return torch.cat([self.input_ids[row].to(input_ids.device), input_ids[self.compressed_length :]])
 
+    def _wrap_processor(self, processor: LogitsProcessor) -> LogitsProcessor:
+        if type(processor) in _SAME_ON_BOTH and not getattr(processor, "prompt_ignore_length", None):
+            return processor
+        return _CallerLogitsProcessor(self, processor)
+
     def _wrap_criterion(self, criterion: StoppingCriteria) -> StoppingCriteria:
-        if type(criterion) is MaxLengthCriteria:  # `generate` looks for this class
+        if type(criterion) in _SAME_ON_BOTH:
+            return criterion
+        if type(criterion) is MaxLengthCriteria:  # `generate` looks for this class, too
             removed = self.input_ids.shape[1] - self.compressed_length
             return MaxLengthCriteria(criterion.max_length - removed, criterion.max_position_embeddings)
         return _CallerStoppingCriteria(self, criterion)
