@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 
-__all__ = ["SmallLlava", "save_small_llava"]
+__all__ = ["CHAT_TEMPLATE", "SmallLlava", "answer_in_words", "save_small_clip", "save_small_llava", "word_tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ warm watching water wave what wheel which white wide wind window with woman wood
 """.split()  # noqa: SIM905
 
 # The template of llava-hf/llava-1.5-7b-hf.
-_CHAT_TEMPLATE = (
+CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
@@ -76,29 +77,12 @@ def save_small_llava(
     `openai/clip-vit-large-patch14-336`.
     """
     size = size or SmallLlava()
-    tokenizer, query_tokenizer = _llama_tokenizer(), _clip_tokenizer()
-    image_processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    tokenizer = word_tokenizer(image_token="<image>")
     torch.manual_seed(seed)
-
-    clip = CLIPModel(_clip_config(size, query_tokenizer))
-    with torch.no_grad():
-        for layer in clip.vision_model.encoder.layers:
-            # Random weights attend to all patches alike. So do not trained ones, on which few patches stand out.
-            layer.self_attn.q_proj.weight.mul_(9)
-            layer.self_attn.k_proj.weight.mul_(9)
-    clip.save_pretrained(clip_folder)
-    query_tokenizer.save_pretrained(clip_folder)
-    image_processor.save_pretrained(clip_folder)
-
+    clip, image_processor = save_small_clip(clip_folder, size)
     llava = LlavaForConditionalGeneration(_llava_config(size, tokenizer, clip.config.vision_config))
-    tower_weights = zip(llava.model.vision_tower.parameters(), clip.vision_model.parameters(), strict=True)
-    with torch.no_grad():
-        for weight, clip_weight in tower_weights:
-            weight.copy_(clip_weight)
-        # Greedy decoding never takes a token whose output weights are 0: answers are words, and do not end early.
-        is_word = torch.zeros(len(tokenizer), 1)
-        is_word[tokenizer.convert_tokens_to_ids(["▁" + word for word in _WORDS])] = 1
-        llava.lm_head.weight.mul_(is_word)
+    llava.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
+    answer_in_words(llava, tokenizer)
     llava.save_pretrained(folder)
     LlavaProcessor(
         image_processor=image_processor,
@@ -106,8 +90,32 @@ def save_small_llava(
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=_CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
+
+
+def save_small_clip(folder: str | os.PathLike, size: SmallLlava) -> tuple[CLIPModel, CLIPImageProcessor]:
+    """Save a CLIP of random weights with its tokenizer, like `openai/clip-vit-large-patch14-336`."""
+    tokenizer = _clip_tokenizer()
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    clip = CLIPModel(_clip_config(size, tokenizer))
+    with torch.no_grad():
+        for layer in clip.vision_model.encoder.layers:
+            # Random weights attend to all patches alike. So do not trained ones, on which few patches stand out.
+            layer.self_attn.q_proj.weight.mul_(9)
+            layer.self_attn.k_proj.weight.mul_(9)
+    clip.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+    return clip, image_processor
+
+
+def answer_in_words(model: Any, tokenizer: LlamaTokenizer) -> None:
+    """Greedy decoding never takes a token whose output weights are 0: answers are words, and do not end early."""
+    is_word = torch.zeros(len(tokenizer), 1)
+    is_word[tokenizer.convert_tokens_to_ids(["▁" + word for word in _WORDS])] = 1
+    with torch.no_grad():
+        model.lm_head.weight.mul_(is_word)
 
 
 def _clip_config(size: SmallLlava, tokenizer: CLIPTokenizer) -> CLIPConfig:
@@ -164,8 +172,8 @@ def _llava_config(size: SmallLlava, tokenizer: LlamaTokenizer, vision_config) ->
     )
 
 
-def _llama_tokenizer() -> LlamaTokenizer:
-    """A LLaMA tokenizer that knows `_WORDS`, and spells everything else out in letters and bytes."""
+def word_tokenizer(**special_tokens: str) -> LlamaTokenizer:
+    """A LLaMA tokenizer that knows `_WORDS` and `special_tokens`, and spells everything else in letters and bytes."""
     tokens = dict.fromkeys(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"])
     tokens |= dict.fromkeys(chr(code) for code in range(33, 127))
     merges: dict[tuple[str, str], None] = {}
@@ -179,7 +187,7 @@ def _llama_tokenizer() -> LlamaTokenizer:
         pad_token="<unk>",
         padding_side="left",
         model_max_length=4096,
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=special_tokens,
     )
 
 
