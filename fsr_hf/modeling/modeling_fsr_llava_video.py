@@ -392,6 +392,8 @@ class FSRLlavaVideoForConditionalGeneration(
         >>> out = model.generate(**inputs, max_new_tokens=64)
         ```
         """
+        if video_num_frames is not None:  # no input of the stock class
+            kwargs["video_num_frames"] = video_num_frames
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -409,7 +411,6 @@ class FSRLlavaVideoForConditionalGeneration(
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            video_num_frames=video_num_frames,
             num_visual_tokens=num_visual_tokens,
             retention_ratio=retention_ratio,
             fsr_enabled=fsr_enabled,

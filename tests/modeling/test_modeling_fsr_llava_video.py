@@ -367,6 +367,28 @@ def test_attention_stays_in_its_frame(model):
     assert not torch.allclose(one.saliency[0, 9:], other.saliency[0, 9:])
 
 
+@pytest.mark.parametrize("num_frames, kept", [(32, 1254), (64, 2509)])
+def test_videos_of_the_published_size(num_frames, kept):
+    """27 x 27 patches a frame, a fifth of the tokens; nothing but the widths is small."""
+    vision_config = {**SIGLIP_VISION_CONFIG, "image_size": 27, "patch_size": 1}
+    text_config = {**FAMILY.config["text_config"], "max_position_embeddings": 32768}
+    fsr_config = {"num_visual_tokens": None, "retention_ratio": 0.2}
+    model = FAMILY.build(vision_config=vision_config, text_config=text_config, fsr_config=fsr_config)
+    pixels = torch.randn(1, num_frames, 3, 27, 27, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[BOS, *[VIDEO_TOKEN] * (num_frames * 14 * 15), 5, 6]])
+    output = model.generate(
+        input_ids=ids,
+        pixel_values_videos=pixels,
+        max_new_tokens=2,
+        return_dict_in_generate=True,
+        output_visual_selection=True,
+    )
+    (selection,) = output.visual_selections
+    assert len(selection.indices) == len(selection.indices.unique()) == kept
+    assert output.past_key_values.get_seq_length() == 3 + kept + 1
+    assert (selection.grid[selection.indices, 2] >= 0).all()
+
+
 # ---------------------------------------------------------------------- refusals
 
 
