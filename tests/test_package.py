@@ -45,7 +45,7 @@ def test_basenames_are_unique():
 def test_import_needs_no_extra():
     script = """
 import json, sys
-for name in ("torchvision", "peft", "matplotlib", "skimage"):
+for name in ("torchvision", "av", "peft", "skimage"):
     sys.modules[name] = None
 import fsr_hf
 from transformers import AutoConfig
