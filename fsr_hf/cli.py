@@ -85,7 +85,8 @@ def push(
     Upload a Hub folder with FSR in one commit, and tag it.
 
     Log in with `hf auth login` first, or set HF_TOKEN. A folder that differs from its manifest, or would not load, is
-    refused.
+    refused. What the repository has and FOLDER has not, of code, weights and settings, is deleted in the same commit.
+    HF_ENDPOINT names another server than huggingface.co; set HF_HUB_DISABLE_XET=1 if it has no Xet storage.
 
     \b
     Example:
@@ -223,7 +224,7 @@ def explain(
     )
 
 
-def _hub_errors() -> tuple[type[BaseException], ...]:
+def _hub_errors() -> tuple[type[Exception], ...]:
     """What ends a command that talks to the Hub; a lost connection is an error of the client's HTTP library."""
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -109,7 +109,7 @@ def check_loads(folder: Path) -> list[str]:
         return ["config.json is missing, or no config of FSR"]
     try:
         config: Any = family.config.from_pretrained(folder)
-        AutoProcessor.from_pretrained(folder)
+        AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except (ImportError, OSError, ValueError) as error:
         return [f"does not load: {error}"]
     try:
