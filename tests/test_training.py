@@ -291,6 +291,75 @@ def test_num_items_in_batch(family, padding_side):
         assert float(model(**everything, num_items_in_batch=counted).loss) == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_trainers_that_call_the_backbone(family, padding_side):
+    """
+    TRL's trainers pass by `forward`: hidden states of the backbone, the language model's head, and a loss of their
+    own. The lines are those of its fused head.
+    """
+    model = family.build().train()
+    rows = [row for row in family.rows() if any(isinstance(part, Item) for part in row)]
+    batch = batch_with_answers(family, padding_side=padding_side, rows=rows)
+    loss, expected = backward(model, batch)
+    lengths = []
+    handle = model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    inputs, labels = {name: value for name, value in batch.items() if name != "labels"}, batch["labels"][:, 1:]
+
+    def last_hidden_state(**kwargs):
+        return model.base_model(**inputs, **kwargs).last_hidden_state
+
+    model.zero_grad()
+    hidden_states = last_hidden_state(use_cache=False)
+    assert hidden_states.shape[:2] == batch["input_ids"].shape
+    log_probs = log_softmax(model.get_output_embeddings()(hidden_states[:, :-1])[labels != IGNORED], -1)
+    nll = -log_probs.gather(1, labels[labels != IGNORED][:, None]).mean()
+    nll.backward()
+    torch.testing.assert_close(nll.detach(), loss)
+    assert_close(gradients(model), expected)
+    with torch.no_grad():
+        full = last_hidden_state(return_dict=True)
+        assert torch.equal(full, hidden_states)
+        positional = model.base_model(inputs["input_ids"], **{k: v for k, v in inputs.items() if k != "input_ids"})
+        assert torch.equal(positional.last_hidden_state, full)
+        assert max(lengths) < batch["input_ids"].shape[1]
+
+        # Neither a failed call nor another way in leaves anything behind.
+        with pytest.raises(ValueError, match="do not match"):
+            model.base_model(**{**inputs, "input_ids": inputs["input_ids"].clamp(max=50)})
+        assert torch.equal(model(**batch).loss, loss)
+        twin = copy.deepcopy(model)
+        twin.get_output_embeddings().weight.zero_()
+        twin.get_decoder().layers[0].mlp.down_proj.weight.mul_(2)
+        assert not torch.equal(twin.base_model(**inputs).last_hidden_state, full)
+        assert torch.equal(last_hidden_state(), full)
+    handle.remove()
+
+
+def test_the_backbone_of_an_unpruned_model(family):
+    model, reference = models(family.name)
+    inputs = family.inputs(family.rows())
+    stock = {name: value for name, value in inputs.items() if name not in QUERY}
+    config = model.config.fsr_config
+    before = config.to_dict()
+    if not family.is_stock:
+        pytest.skip("no stock class")
+    try:
+        with torch.no_grad():
+            # The reference runs under eager attention.
+            expected = reference.base_model(**stock).last_hidden_state
+            config.enabled = False
+            disabled = model.base_model(**inputs).last_hidden_state
+            config.enabled, config.retention_ratio = True, 1.0
+            within = model.base_model(**inputs).last_hidden_state
+        real = inputs["attention_mask"].bool()
+        torch.testing.assert_close(disabled[real], expected[real], rtol=1e-4, atol=1e-4)
+        assert torch.equal(within, disabled)
+    finally:
+        model.config.fsr_config = before
+
+
 def test_trainer_treats_the_class_as_the_stock_one(family):
     model, reference = models(family.name)
     assert model.loss_type == reference.loss_type

@@ -128,7 +128,7 @@ class FSRConfig(PreTrainedConfig):
     focus_mass: str = "all"
     relevance: str | None = None
     invert_relevance: bool = True
-    text_encoder_config: dict | PreTrainedConfig | None = None
+    text_encoder_config: Any = None  # `__setattr__` makes a CLIPTextConfig of a dict
     pool: str | None = None
     newline: str | None = None
     positions: str | None = None
@@ -205,6 +205,10 @@ class FSRConfigMixin:
     others. An [`FSRConfig`] replaces all of them but the text tower, which belongs to the weights: only a dict that
     names it as `None` takes it away.
     """
+
+    # Of the stock config.
+    model_type: ClassVar[str]
+    _attn_implementation: Any
 
     # The family's defaults for the fields of FSRConfig that are None.
     fsr_defaults: ClassVar[dict[str, Any]] = {}
