@@ -21,12 +21,16 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionRotaryEmbedding
 
 from fsr_hf import (
     FSRLlavaForConditionalGeneration,
     FSRLlavaNextForConditionalGeneration,
     FSRLlavaVideoForConditionalGeneration,
+    FSRQwen2_5_VLForConditionalGeneration,
 )
 from fsr_hf.modeling.pools import select_from_pools
 from fsr_hf.modeling.prompt import lay_out
@@ -104,7 +108,7 @@ class Published:
         name (`str`): The checkpoint.
         model_class, stock_class, stock_config_class (`type`): Ours and the stock ones.
         config (`dict`): Its config, as far as it differs from the stock defaults.
-        parameters (`float`): Of the stock model, in billions.
+        parameters (`float`): Of the stock model, in billions, tied weights once.
         prompts (`dict[str, Callable]`): By name.
         has_text_encoder (`bool`): Whether CLIP's text tower goes with it.
     """
@@ -207,6 +211,62 @@ LLAVA_VIDEO = Published(
 )
 
 
+# ---------------------------------------------------------------------- Qwen2.5-VL
+
+
+def qwen_prompt(modality: str, *grid: int) -> Prompt:
+    pixels, grids, token = {
+        "image": ("pixel_values", "image_grid_thw", 151655),
+        "video": ("pixel_values_videos", "video_grid_thw", 151656),
+    }[modality]
+    inputs = {pixels: torch.empty(math.prod(grid), 3 * 2 * 14 * 14, device="meta"), grids: torch.tensor([grid])}
+    candidates = math.prod(grid) // 4
+    return Prompt(inputs, [token] * candidates, candidates, candidates // 2)
+
+
+def qwen(name: str, parameters: float, hidden_size: int, text_config: dict[str, Any], **config: Any) -> Published:
+    vision = {"hidden_size": 1280, "out_hidden_size": hidden_size, "tokens_per_second": 2, "intermediate_size": 3420}
+    text = {
+        "model_type": "qwen2_5_vl_text",
+        "hidden_size": hidden_size,
+        "vocab_size": 152064,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        **text_config,
+    }
+    return Published(
+        name,
+        FSRQwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLConfig,
+        {"text_config": text, **config, "vision_config": {**vision, **config.get("vision_config", {})}},
+        parameters,
+        {
+            "504x728": lambda: qwen_prompt("image", 1, 36, 52),
+            "32 frames": lambda: qwen_prompt("video", 16, 10, 12),
+        },
+        has_text_encoder=False,
+    )
+
+
+def qwen_text(intermediate_size: int, num_layers: int, num_heads: int, num_key_value_heads: int, **fields: Any):
+    return {
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_key_value_heads,
+        **fields,
+    }
+
+
+LARGE_TOWER = {"vision_config": {"intermediate_size": 3456}}
+QWEN = [
+    qwen("Qwen2.5-VL-3B", 3.75, 2048, qwen_text(11008, 36, 16, 2, vocab_size=151936), tie_word_embeddings=True),
+    qwen("Qwen2.5-VL-7B", 8.29, 3584, qwen_text(18944, 28, 28, 4)),
+    qwen("Qwen2.5-VL-32B", 33.45, 5120, qwen_text(27648, 64, 40, 8), **LARGE_TOWER),
+    qwen("Qwen2.5-VL-72B", 73.41, 8192, qwen_text(29568, 80, 64, 8), **LARGE_TOWER),
+]
+
+
 PUBLISHED = [
     llava("llava-1.5-7b", VICUNA_7B, 7.06),
     llava("llava-1.5-13b", VICUNA_13B, 13.35),
@@ -214,6 +274,7 @@ PUBLISHED = [
     llava_next("llava-v1.6-mistral-7b", MISTRAL_7B, 7.57),
     llava_next("llava-v1.6-vicuna-13b", VICUNA_13B, 13.35),
     LLAVA_VIDEO,
+    *QWEN,
 ]
 PROMPTS = [pytest.param(model, name, id=f"{model}-{name}") for model in PUBLISHED for name in model.prompts]
 
@@ -224,7 +285,12 @@ def build(name: str):
     fsr_config = {"text_encoder_config": CLIP_TEXT} if published.has_text_encoder else None
     config = published.model_class.config_class(**published.config, fsr_config=fsr_config)
     with torch.device("meta"):
-        return published.model_class(config).eval()
+        model = published.model_class(config).eval()
+    for module in model.modules():
+        if isinstance(module, Qwen2_5_VLVisionRotaryEmbedding):
+            # Positions come from grids, which have values here, and meet frequencies, which have none.
+            module.register_forward_pre_hook(lambda _, args: (args[0], args[1].to("meta")))
+    return model
 
 
 def shapes(model) -> dict[str, torch.Size]:
@@ -236,7 +302,7 @@ def test_parameters_are_those_of_the_stock_class_and_the_text_tower(published):
     with torch.device("meta"):
         stock = published.stock_class(published.stock_config_class(**published.config))
     expected = shapes(stock)
-    assert round(sum(math.prod(shape) for shape in expected.values()) / 1e9, 2) == published.parameters
+    assert round(sum(parameter.numel() for parameter in stock.parameters()) / 1e9, 2) == published.parameters
     if published.has_text_encoder:
         with torch.device("meta"):
             clip = CLIPModel(CLIPConfig(text_config=CLIP_TEXT, vision_config=CLIP_VISION, projection_dim=768))

@@ -570,10 +570,8 @@ def test_old_checkpoint_loads_whole(tmp_path, is_tied):
 # --- With the stock processor ---
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def save_checkpoint(folder):
     """A checkpoint with a processor, as `from_pretrained` finds it."""
-    folder = tmp_path_factory.mktemp("qwen")
     tokenizer = qwen_tokenizer()
     edges = {"shortest_edge": 8 * 8, "longest_edge": 96 * 96}
     sizes = {"patch_size": 4, "merge_size": MERGE, "temporal_patch_size": 2, "size": edges}
@@ -589,15 +587,15 @@ def folder(tmp_path_factory):
     text_config = {**FAMILY.config["text_config"], "vocab_size": len(tokenizer), "eos_token_id": 256}
     config = {**FAMILY.config, **dict(zip(names, ids)), "text_config": text_config}
     initialize(FSRQwen2_5_VLForConditionalGeneration(FSRQwen2_5_VLConfig(**config))).save_pretrained(folder)
-    return folder
 
 
 def picture(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_with_the_stock_processor(folder):
-    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+def test_with_the_stock_processor(tmp_path):
+    save_checkpoint(tmp_path)
+    model, processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
     assert type(processor) is Qwen2_5_VLProcessor
     video = np.stack([picture(48, 40, seed) for seed in range(6)])
     turns = [
