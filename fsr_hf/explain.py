@@ -1,7 +1,8 @@
 """What `fsr-hf explain` does: ask about an image, and draw which of its visual tokens were kept."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from .modeling.fsr import VisualSelection
+from .processing.processing_fsr_llava_video import sample_frames
+from .processing.video_files import read_video
 
 
 __all__ = ["Explanation", "Picture", "check_fsr_model", "explain", "load_fsr_model", "load_visual"]
@@ -82,7 +86,8 @@ class Explanation:
         answer (`str`):
             What the model said.
         views (`list[Image.Image]`):
-            What the vision tower saw: the image as the processor cropped it, its views, or the frames of a video.
+            What the vision tower saw: the image as the processor cropped it, or its base view and its tiles joined, or
+            the frames of a video.
         selection (`VisualSelection`):
             Which tokens were kept.
         model (`str`, *optional*, defaults to `""`):
@@ -100,7 +105,7 @@ class Explanation:
         """`dict[str, int]`: how many visual tokens there are, are kept, and so on; newlines do not count."""
         selection = self.selection
         num_tokens = len(selection.priority)
-        is_token = [True] * num_tokens if selection.grid is None else (selection.grid[:, 0] >= 0).tolist()
+        is_token = [True] * num_tokens if selection.grid is None else (selection.grid.amin(1) >= 0).tolist()
         kept = [
             is_focus
             for token, is_focus in zip(selection.indices.tolist(), selection.is_focus.tolist())
@@ -126,7 +131,7 @@ class Explanation:
 
 def load_visual(file: str | os.PathLike) -> Image.Image | Path:
     """
-    An image, or the path of a video, which the processor reads.
+    An image, or the path of a video.
 
     Raises:
         `OSError`: if the file is neither.
@@ -146,6 +151,7 @@ def explain(
     question: str,
     *,
     max_new_tokens: int = 64,
+    num_frames: int = 16,
     **options: Any,
 ) -> Explanation:
     """
@@ -160,16 +166,32 @@ def explain(
             What to ask.
         max_new_tokens (`int`, *optional*, defaults to 64):
             Length of the answer.
+        num_frames (`int`, *optional*, defaults to 16):
+            Frames taken of a video, evenly from the first to the last; all of a shorter one.
         options:
             More arguments of `generate`, such as `num_visual_tokens`.
+
+    Raises:
+        `ImportError`: if nothing decodes videos.
+        `ValueError`: if the model takes no videos, and `visual` is one.
     """
-    part = {"type": "video", "path": str(visual)} if isinstance(visual, Path) else {"type": "image", "image": visual}
+    settings: dict[str, Any] = {}
+    if isinstance(visual, Path):
+        if getattr(processor, "video_processor", None) is None:
+            raise ValueError(f"{visual} is a video, and {type(model).__name__} takes images alone.")
+        choose = partial(sample_frames, num_frames=num_frames)
+        frames, metadata = read_video(processor.video_processor, str(visual), choose)
+        part = {"type": "video", "video": frames}
+        settings = {"video_metadata": [metadata], "do_sample_frames": False}
+    else:
+        part = {"type": "image", "image": visual}
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": [part, {"type": "text", "text": question}]}],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
+        processor_kwargs=settings,
     ).to(model.device, model.dtype)
     outputs = model.generate(
         **inputs,
@@ -182,7 +204,32 @@ def explain(
     new_tokens = outputs.sequences[0, inputs["input_ids"].shape[1] :]
     answer = processor.decode(new_tokens, skip_special_tokens=True).strip()
     views = [Image.fromarray(view) for view in _pixels_seen(inputs, processor)]
-    return Explanation(question, answer, views, outputs.visual_selections[0], model.config.name_or_path)
+    selection = outputs.visual_selections[0]
+    if "image_sizes" in inputs and len(views) > 1:
+        size, pinpoints = inputs["image_sizes"][0].tolist(), model.config.image_grid_pinpoints
+        _, columns = get_anyres_image_grid_shape(size, pinpoints, model.config.vision_config.image_size)
+        views, selection = _join_tiles(views, selection, columns)
+    return Explanation(question, answer, views, selection, model.config.name_or_path)
+
+
+def _join_tiles(
+    views: list[Image.Image], selection: VisualSelection, columns: int
+) -> tuple[list[Image.Image], VisualSelection]:
+    """The tiles after the base view, in rows of `columns`, become one view: the picture without what pads it."""
+    (width, height), tiles = views[0].size, views[1:]
+    joined = Image.new("RGB", (columns * width, len(tiles) // columns * height))
+    for number, tile in enumerate(tiles):
+        joined.paste(tile, (number % columns * width, number // columns * height))
+    grid = selection.grid.cpu().clone()  # type: ignore[union-attr]
+    rows_of_view, columns_of_view = (1 + grid[grid[:, 0] == 0, 1:].amax(0)).tolist()
+    is_tile = grid[:, 0] > 0
+    number, places = grid[is_tile, 0] - 1, grid[is_tile, 1:]
+    places += torch.stack([number // columns * rows_of_view, number % columns * columns_of_view], dim=-1)
+    (top, left), (bottom, right) = places.amin(0).tolist(), (1 + places.amax(0)).tolist()
+    across, down = width / columns_of_view, height / rows_of_view  # pixels of a token
+    joined = joined.crop((round(left * across), round(top * down), round(right * across), round(bottom * down)))
+    grid[is_tile] = torch.cat([torch.ones_like(number)[:, None], places - torch.tensor([top, left])], dim=-1)
+    return [views[0], joined], replace(selection, grid=grid)
 
 
 def _pixels_seen(inputs: Any, processor: Any) -> Any:
@@ -218,9 +265,16 @@ class _Canvas:
         self.grid = selection.grid.tolist()
         self.kept = dict(zip(selection.indices.tolist(), selection.is_focus.tolist()))
         self.anchors = {token: anchor for token, anchor in enumerate(selection.merged_into.tolist()) if anchor >= 0}
-        self.rows, self.columns = (1 + max(place[axis] for place in self.grid) for axis in (1, 2))
+        # Rows and columns of tokens in each size of view.
+        self.shapes: dict[tuple[int, int], tuple[int, int]] = {}
+        for view, row, column in self.grid:
+            if min(view, row, column) >= 0:  # not a newline
+                size = explanation.views[view].size
+                rows, columns = self.shapes.get(size, (0, 0))
+                self.shapes[size] = max(rows, row + 1), max(columns, column + 1)
+        self.rows, self.columns = map(max, zip(*self.shapes.values()))
         # Panels, one for each view that has tokens: as many in a row as make the tokens largest.
-        self.views = sorted({view for view, _, _ in self.grid if view >= 0})
+        self.views = sorted({place[0] for place in self.grid if min(place) >= 0})
         width, sizes = _WIDTH - 2 * _MARGIN, {}
         for across in range(1, len(self.views) + 1):
             down = -(-len(self.views) // across)
@@ -228,6 +282,11 @@ class _Canvas:
             sizes[across] = min(fitting, (width * 5 // 4 - _GAP * (down - 1)) // (down * self.rows))
         self.across = max(sizes, key=lambda across: sizes[across])
         self.cell = max(2, sizes[self.across])
+        # Where a view has fewer tokens than another, they are larger.
+        self.cells = {}
+        for view in self.views:
+            rows, columns = self.shapes[explanation.views[view].size]
+            self.cells[view] = min(self.rows * self.cell // rows, self.columns * self.cell // columns)
         self.font, self.title = _font(20), _font(28)
 
     def draw(self) -> Picture:
@@ -239,9 +298,10 @@ class _Canvas:
 
         top = _MARGIN + 38 * len(question) + 28 * len(answer) + 14
         left = (_WIDTH - self.across * panel_width - (self.across - 1) * _GAP) // 2
+        widths = {view: self.shapes[explanation.views[view].size][1] * cell for view, cell in self.cells.items()}
         origins = {
             view: (
-                left + place % self.across * (panel_width + _GAP),
+                left + place % self.across * (panel_width + _GAP) + (panel_width - widths[view]) // 2,
                 top + place // self.across * (panel_height + _GAP),
             )
             for place, view in enumerate(self.views)
@@ -249,7 +309,7 @@ class _Canvas:
         legend = top + down * (panel_height + _GAP) + 10
         self.image = Image.new("RGB", (_WIDTH * _SCALE, (legend + 118) * _SCALE), _PAPER)
         self.pen = ImageDraw.Draw(self.image)
-        boxes = [None if view < 0 else self._box(origins[view], row, column) for view, row, column in self.grid]
+        boxes = [None if min(place) < 0 else self._box(origins[place[0]], *place) for place in self.grid]
 
         self._write(_MARGIN, _MARGIN - 14, question, self.title, 38, _INK)
         self._write(_MARGIN, _MARGIN - 10 + 38 * len(question), answer, self.font, 28, _GREY)
@@ -262,20 +322,22 @@ class _Canvas:
         self._draw_legend(legend)
         return Picture(self.image.reduce(_SCALE), boxes)
 
-    def _box(self, origin: tuple[int, int], row: int, column: int) -> tuple[int, int, int, int]:
-        left, top = origin[0] + column * self.cell, origin[1] + row * self.cell
-        return left, top, left + self.cell, top + self.cell
+    def _box(self, origin: tuple[int, int], view: int, row: int, column: int) -> tuple[int, int, int, int]:
+        cell = self.cells[view]
+        left, top = origin[0] + column * cell, origin[1] + row * cell
+        return left, top, left + cell, top + cell
 
     def _draw_view(self, number: int, origin: tuple[int, int]) -> None:
         """A view with every token as bright as what became of it, and paper where there is none."""
-        cells = Image.new("L", (self.columns, self.rows), 0)
-        exists = Image.new("1", (self.columns, self.rows), 0)
+        rows, columns = self.shapes[self.explanation.views[number].size]
+        cells = Image.new("L", (columns, rows), 0)
+        exists = Image.new("1", (columns, rows), 0)
         for token, (view, row, column) in enumerate(self.grid):
-            if view == number:
+            if view == number and min(row, column) >= 0:
                 share = 1.0 if token in self.kept else MERGED if token in self.anchors else DROPPED
                 cells.putpixel((column, row), round(255 * share))
                 exists.putpixel((column, row), 1)
-        size = (self.columns * self.cell * _SCALE, self.rows * self.cell * _SCALE)
+        size = (columns * self.cells[number] * _SCALE, rows * self.cells[number] * _SCALE)
         view_image = self.explanation.views[number].convert("RGB").resize(size, Image.Resampling.LANCZOS)
         brightness = cells.resize(size, Image.Resampling.NEAREST)
         dimmed = Image.composite(view_image, Image.new("RGB", size, _DARK), brightness)
@@ -287,7 +349,7 @@ class _Canvas:
         left, top, right, bottom = (side * _SCALE for side in box)
         cell = self.image.crop((left, top, right, bottom))
         self.image.paste(Image.blend(cell, Image.new("RGB", cell.size, colour), TINT), (left, top))
-        width = _SCALE * (1 + (self.cell >= 12) + (self.cell >= 30))
+        width = _SCALE * (1 + (box[2] - box[0] >= 12) + (box[2] - box[0] >= 30))
         self.pen.rectangle((left + 1, top + 1, right - 2, bottom - 2), outline=colour, width=width)
 
     def _draw_lines(self, pairs: list[tuple[Any, Any]]) -> None:

@@ -1,15 +1,20 @@
-"""Drawing: what the vision tower saw, for every way of packing pixels, and pictures of several views."""
+"""
+Drawing: what the vision tower saw, for every way of packing pixels, and pictures of several views; tiles and video
+files from end to end.
+"""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from clips import STEP, write_clip
 from PIL import Image
 from transformers import CLIPImageProcessor, LlavaNextImageProcessor, Qwen2VLImageProcessor
 
 from fsr_hf import VisualSelection
-from fsr_hf.explain import Explanation, _pixels_seen
+from fsr_hf.demo.small_families import export_small_model
+from fsr_hf.explain import Explanation, _pixels_seen, explain, load_fsr_model, load_visual
 
 
 def noise(height, width):
@@ -78,6 +83,17 @@ def test_frames_stand_side_by_side_and_newlines_have_no_place():
         assert abs(np.median(inside[..., 0]) - (14 + 0.36 * (60 * frame - 14))) < 2
 
 
+def test_newlines_of_frames_are_no_tokens():
+    grid = [[frame, row, column] for frame in range(2) for row in range(2) for column in (0, 1, 2, -1)]
+    views = [Image.new("RGB", (30, 20), "white") for _ in range(2)]
+    explanation = Explanation("Q", "A", views, selection(grid, [2, 3], 1))
+    assert explanation.counts == {"tokens": 12, "kept": 1, "focus": 1, "scan": 0, "merged": 0, "dropped": 11}
+    picture = explanation.draw()
+    assert [box is None for box in picture.boxes] == [False, False, False, True] * 4
+    left, top, right, bottom = picture.boxes[2]  # the last of its row, and kept
+    assert picture.image.getpixel(((left + right) // 2, (top + bottom) // 2)) > (200, 200, 180)
+
+
 def test_a_view_without_tokens_takes_no_room():
     grid = [[view, row, column] for view in (0, 2) for row in range(2) for column in range(2)]
     views = [Image.new("RGB", (20, 20), colour) for colour in ("red", "green", "blue")]
@@ -93,3 +109,49 @@ def test_no_grid_is_refused():
     unplaced.grid = None
     with pytest.raises(ValueError, match="grid"):
         Explanation("Q", "A", [Image.new("RGB", (4, 4))], unplaced).draw()
+
+
+# ---------------------------------------------------------------------- from a file
+
+
+def test_the_tiles_of_a_picture_are_joined(tmp_path):
+    """448 x 672 pixels in 2 x 2 tiles of 336: nothing is resized, and a third of each tile is padding."""
+    folder = export_small_model("fsr_llava_next", tmp_path)
+    Image.fromarray(noise(448, 672)).save(tmp_path / "noise.png")
+    visual = load_visual(tmp_path / "noise.png")
+    explanation = explain(*load_fsr_model(str(folder), "cpu"), visual, "What is it?", max_new_tokens=1)
+    base, joined = explanation.views
+    assert base.size == (336, 336) and (np.asarray(joined) == noise(448, 672)).all()
+    assert explanation.counts["tokens"] == 24 * 24 + 32 * 48
+    grid = explanation.selection.grid
+    places = grid[grid[:, 0] == 1, 1:].tolist()
+    assert places == [[row, column] for row in range(32) for column in range(48)]
+    picture = explanation.draw()
+    token = 24 * 24 + 49 * 20 + 30  # of row 20, which ends with a newline as all do
+    left, _, right, _ = picture.boxes[token]
+    assert grid[token].tolist() == [1, 20, 30] and picture.boxes[24 * 24 + 48] is None
+    below = [box[1] for box in picture.boxes[24 * 24 :] if box]
+    assert sorted(set(np.diff(sorted(set(below))).tolist())) == [right - left]
+
+
+@pytest.mark.parametrize(
+    "model_type, greys, num_tokens",
+    [("fsr_qwen2_5_vl", [0, 6], 2 * 10 * 14), ("fsr_llava_video", [0, 3, 6, 9], 4 * 14 * 14)],
+)
+def test_a_video_file(tmp_path, model_type, greys, num_tokens):
+    """Four frames are taken; in Qwen2.5-VL, two share a token, and the first of them is drawn."""
+    folder = export_small_model(model_type, tmp_path)
+    clip = load_visual(write_clip(tmp_path / "grey.mp4"))
+    model, processor = load_fsr_model(str(folder), "cpu")
+    explanation = explain(model, processor, clip, "What is it?", max_new_tokens=2, num_frames=4, retention_ratio=0.25)
+    assert [round(np.asarray(view).mean() / STEP) for view in explanation.views] == greys
+    assert explanation.counts["tokens"] == num_tokens and explanation.counts["kept"] == num_tokens // 4
+    assert len(explanation.answer.split()) == 2
+    picture = explanation.draw()
+    assert len({box for box in picture.boxes if box}) == num_tokens
+    assert len(explain(model, processor, clip, "?", max_new_tokens=1, num_frames=99).views) == (10, 5)[len(greys) == 2]
+
+
+def test_a_video_for_a_model_of_images_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"grey\.mp4 is a video, and SimpleNamespace takes images alone"):
+        explain(SimpleNamespace(), SimpleNamespace(), load_visual(tmp_path / "grey.mp4"), "What is it?")

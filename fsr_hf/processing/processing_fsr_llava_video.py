@@ -9,6 +9,7 @@ from transformers import LlavaOnevisionProcessor
 from transformers.video_utils import VideoMetadata, make_batched_metadata, make_batched_videos
 
 from ..configuration.remote_code import RemoteCodeMixin
+from .video_files import read_video
 
 
 __all__ = ["FSRLlavaVideoProcessor", "sample_frames", "time_instruction"]
@@ -100,8 +101,8 @@ class FSRLlavaVideoProcessor(RemoteCodeMixin, LlavaOnevisionProcessor):
 
         Args:
             videos (`str`, `np.ndarray`, `torch.Tensor`, `list`):
-                A video or several: the name of a file, frames in one array, or a list of frames. transformers decodes
-                files.
+                A video or several: the name of a file, frames in one array, or a list of frames. Files are decoded by
+                torchcodec or, without it or FFmpeg, by PyAV.
             add_time_instruction (`bool`, *optional*):
                 In place of the processor's own. Frames that are not read from a file need `video_metadata`.
             num_frames (`int`, *optional*):
@@ -178,7 +179,7 @@ class FSRLlavaVideoProcessor(RemoteCodeMixin, LlavaOnevisionProcessor):
                 if number is None and fps is None and do_sample_frames is not False:
                     number = self.video_processor.num_frames
                 choose = partial(sample_frames, num_frames=number, fps=fps)
-                clip, found = self.video_processor.fetch_videos(video, sample_indices_fn=choose)
+                clip, found = read_video(self.video_processor, video, choose)
             else:
                 clip, found = self._take_frames(video, known, num_frames, fps)
             clips.append(clip)
