@@ -1168,6 +1168,7 @@ def test_budget_of_a_call(case, settings):
         {"rho": 1.0},
         {"alpha": 0.0, "kappa": 3.0},
         {"beta": 2, "focus_mass": "budget", "kappa": 0},
+        {"rho": 0.95, "focus_mass": "budget"},
         {"invert_relevance": False},
     ],
     ids=str,
