@@ -36,7 +36,7 @@ from transformers.generation import candidate_generator
 from transformers.generation.logits_process import WatermarkLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from fsr_hf.modeling import fsr, pools
+from fsr_hf.modeling import clip_tower, generation
 
 
 NEW = 8  # tokens that most tests generate
@@ -423,14 +423,17 @@ def test_max_new_tokens_wins_over_max_length(case):
 
 
 @pytest.mark.parametrize("surplus", [-5, 0])
-def test_stock_error_where_the_prompt_is_too_long(case, surplus):
-    max_length = case.length + surplus
-    assert max_length > max(len(prompt.columns) for prompt in case.prompts) or surplus == -5
+@pytest.mark.parametrize("source", ["kwargs", "generation_config", "model"])
+def test_stock_error_where_the_prompt_is_too_long(case, source, surplus, monkeypatch):
+    lengths = {"max_length": case.length + surplus}
+    options = {"kwargs": lengths, "generation_config": {"generation_config": GenerationConfig(**lengths)}, "model": {}}
     messages = []
     text = {name: case.inputs[name] for name in ("input_ids", "attention_mask")}
     for model, inputs in ((case.reference, text), (case.model, case.inputs)):
+        if source == "model":
+            monkeypatch.setattr(model, "generation_config", GenerationConfig(**lengths))
         with pytest.raises(ValueError, match=f"Input length of input_ids is {case.length}") as error:
-            model.generate(**inputs, max_length=max_length, do_sample=False)
+            model.generate(**inputs, **options[source])
         messages.append(str(error.value))
     assert messages[0] == messages[1]
 
@@ -1239,16 +1242,25 @@ class NoHostRead(TorchDispatchMode):
 def test_selection_does_not_wait_for_the_device(case, monkeypatch):
     calls = []
 
-    def watched(*args, **kwargs):
-        calls.append(args)
-        with NoHostRead():
-            return fsr.select_visual_tokens(*args, **kwargs)
+    def watch(module, name):
+        original = getattr(module, name)
+
+        def watched(*args, **kwargs):
+            calls.append(name)
+            with NoHostRead():
+                return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
 
     with pytest.raises(AssertionError), NoHostRead():
         torch.ones(3).sum().item()
-    monkeypatch.setattr(pools, "select_visual_tokens", watched)
+    watch(generation, "select_from_pools")
+    if case.family.has_text_encoder:
+        watch(clip_tower, "cls_attention")
+        watch(case.model.text_encoder, "encode_query")
+        watch(case.model.text_encoder, "forward")
     assert torch.equal(case.generate(), case.expected[0])
-    assert calls
+    assert len(calls) == (4 if case.family.has_text_encoder else 1)
 
 
 def test_no_attention_maps_and_no_hooks(case):
