@@ -93,11 +93,11 @@ class FSRQwen2_5_VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin,
             if grid is not None and len(grid):
                 raise ValueError(f"`{grid_name}` has {len(grid)} rows, but there are no `{pixels_name}`.")
             return []
-        if grid is None or grid.ndim != 2 or grid.shape[1] != 3:
+        if not isinstance(grid, torch.Tensor) or grid.ndim != 2 or grid.shape[1] != 3:
+            found = f"of shape {tuple(grid.shape)}" if isinstance(grid, torch.Tensor) else grid
             raise ValueError(
-                f"`{pixels_name}` need `{grid_name}`, time, height and width in patches of each {modality} in the "
-                f"shape ({modality}s, 3), but it is {'None' if grid is None else f'of shape {tuple(grid.shape)}'}. "
-                "Pass all that the processor returns."
+                f"`{pixels_name}` need `{grid_name}`, time, height and width in patches of each {modality} in a "
+                f"tensor of shape ({modality}s, 3), but it is {found}. Pass all that the processor returns."
             )
         grids = grid.tolist()
         merge = self.config.vision_config.spatial_merge_size
@@ -128,7 +128,7 @@ class FSRQwen2_5_VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin,
         merge = self.config.vision_config.spatial_merge_size
         encoded: dict[str, Any] = {}
         for modality, names in _INPUTS.items():
-            if visual.get(names[0]) is not None:
+            if any(item.modality == modality for item in items):
                 encoded[modality] = self._encode(modality, *(visual[name] for name in names))
 
         runs, saliency, shapes = zip(*(next(encoded[item.modality]) for item in items))
@@ -229,6 +229,7 @@ class FSRQwen2_5_VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin,
         num_visual_tokens: int | None = None,
         retention_ratio: float | None = None,
         fsr_enabled: bool | None = None,
+        mm_encoder_outputs: dict | None = None,  # `generate` of the stock class encodes images ahead
         **kwargs,
     ):
         r"""
@@ -292,6 +293,7 @@ class FSRQwen2_5_VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin,
             num_visual_tokens=num_visual_tokens,
             retention_ratio=retention_ratio,
             fsr_enabled=fsr_enabled,
+            mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
         cache = getattr(outputs, "past_key_values", past_key_values)

@@ -366,12 +366,12 @@ def test_token_types_are_found_if_missing(model, reference):
 
 def steps(model, inputs, **settings):
     """A decoding loop by hand, without positions and mask: yields one greedy token after the other."""
-    with torch.no_grad():
-        out = model(**inputs, use_cache=True, **settings)
-        while True:
-            token = out.logits[:, -1:].argmax(-1)
-            yield int(token)
-            out = model(input_ids=token, past_key_values=out.past_key_values, **settings)
+    inputs = {**inputs, "use_cache": True}
+    while True:
+        with torch.no_grad():  # not around `yield`
+            out = model(**inputs, **settings)
+        inputs = {"input_ids": out.logits[:, -1:].argmax(-1), "past_key_values": out.past_key_values}
+        yield int(inputs["input_ids"])
 
 
 def test_calls_in_turn_do_not_share_positions():
@@ -451,6 +451,7 @@ def test_a_cache_that_was_emptied_starts_anew(model):
     [
         ({"image_grid_thw": None}, "`pixel_values` need `image_grid_thw`.*None"),
         ({"image_grid_thw": torch.tensor([1, 6, 10])}, r"`image_grid_thw`.*of shape \(3,\)"),
+        ({"image_grid_thw": [[1, 6, 10], [1, 4, 4]]}, r"`image_grid_thw`.*in a tensor.*\[\[1, 6, 10\]"),
         (
             {"image_grid_thw": torch.tensor([[1, 6, 10]])},
             r"`pixel_values` of shape \(76, 96\) hold 76 patches.*need 60",
@@ -487,6 +488,14 @@ def test_bad_input_is_refused_before_any_work(model, monkeypatch, change, error)
         model.generate(**inputs, max_new_tokens=2)
     with pytest.raises(ValueError, match=error):
         model(**inputs)
+
+
+def test_no_images_beside_a_video(model):
+    """Some collators pass tensors without rows."""
+    row = [BOS, item((3, 6, 6), 1, 1), 7]
+    empty = {"pixel_values": torch.zeros(0, 96), "image_grid_thw": torch.zeros(0, 3, dtype=torch.long)}
+    out = model.generate(**FAMILY.inputs([row]), **empty, max_new_tokens=8, do_sample=False)
+    assert torch.equal(out[:, -8:], oracle_tokens([row]))
 
 
 def test_images_side_by_side_are_refused(model):
