@@ -8,8 +8,20 @@ import typer
 
 __all__ = ["app"]
 
+_FAMILIES = """\b
+Families:
+  family       checkpoint, for example           default     takes
+  LLaVA-1.5    llava-hf/llava-1.5-7b-hf          128 tokens  images
+  LLaVA-NeXT   llava-hf/llava-v1.6-vicuna-7b-hf  1/9         images
+  Qwen2.5-VL   Qwen/Qwen2.5-VL-7B-Instruct       1/2         images, videos
+  LLaVA-Video  lmms-lab/LLaVA-Video-7B-Qwen2     1/5         images, videos
+\b
+The default is what is kept of each image or video. In LLaVA-1.5 and LLaVA-NeXT
+the question counts, given --text-encoder openai/clip-vit-large-patch14-336."""
+
 app = typer.Typer(
     help="Focus-Scan-Refine visual-token pruning for vision-language models.",
+    epilog=_FAMILIES,
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,  # it would take "[...]" in a text for markup
@@ -17,15 +29,15 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(epilog=_FAMILIES)
 def export(
     source: Annotated[str, typer.Argument(help="Stock or FSR checkpoint: a folder or a Hub id, org/name[@revision].")],
     output_dir: Annotated[Path, typer.Argument(help="Folder to make.")],
     text_encoder: Annotated[
         str | None,
         typer.Option(
-            help="CLIP checkpoint of the vision tower, a folder or a Hub id (LLaVA-1.5: "
-            "openai/clip-vit-large-patch14-336). Without it the question plays no part in the pruning."
+            help="LLaVA-1.5 and LLaVA-NeXT: CLIP checkpoint of the vision tower, a folder or a Hub id. Without it the "
+            "question plays no part in the pruning."
         ),
     ] = None,
     num_visual_tokens: Annotated[
@@ -172,6 +184,7 @@ def explain(
     retention_ratio: Annotated[
         float | None, typer.Option(help="Share of the visual tokens to keep, in (0, 1], in place of a number.")
     ] = None,
+    num_frames: Annotated[int, typer.Option(min=1, help="Frames to take of a video, evenly.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 64,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...  [default: a GPU if there is one]")] = None,
     trust_remote_code: Annotated[
@@ -183,15 +196,17 @@ def explain(
     ] = False,
 ) -> None:
     """
-    Draw which visual tokens of an image were kept for a question.
+    Draw which visual tokens of an image or a video were kept for a question.
 
     Focus tokens are orange, Scan anchors blue. What was dropped is dark; a line goes from each merged token to the
-    anchor that absorbed it. The image is shown as the vision tower saw it, cropped by the processor.
+    anchor that absorbed it. The image is shown as the vision tower saw it, cropped by the processor; of a picture in
+    tiles, the overview and the tiles joined; of a video, its frames.
 
     \b
     Examples:
       fsr-hf explain ./llava-1.5-7b-fsr cup.jpg "What is in the cup?" -o cup.png
       fsr-hf explain org/llava-1.5-7b-fsr cup.jpg "What is in the cup?" --num-visual-tokens 64
+      fsr-hf explain ./llava-video-7b-fsr clip.mp4 "What happens?" --num-frames 8
     """
     if not image.is_file():
         _fail(f"there is no file {image}", code=2)
@@ -211,7 +226,13 @@ def explain(
     try:
         loaded_model, processor = load_fsr_model(model, device, trust_remote_code or None)
         explanation = explain_answer(
-            loaded_model, processor, visual, question, max_new_tokens=max_new_tokens, **budget
+            loaded_model,
+            processor,
+            visual,
+            question,
+            max_new_tokens=max_new_tokens,
+            num_frames=num_frames,
+            **budget,
         )
         explanation.draw().image.save(output, quality=90)
     except (ImportError, OSError, RuntimeError, ValueError) as error:

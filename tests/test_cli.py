@@ -1,5 +1,7 @@
 """The commands `demo` and `explain`, the small LLaVA that they are shown on, and their refusals."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from fsr_hf.cli import app
 from fsr_hf.demo import run
 from fsr_hf.demo.run import PHOTOGRAPHS, run_demo
 from fsr_hf.demo.small_llava import SmallLlava, save_small_llava
+from fsr_hf.hub.families import FAMILIES
 
 
 TINY = SmallLlava(
@@ -64,6 +67,18 @@ def test_help_has_an_example_or_the_commands(command):
     words = ("export", "demo", "explain") if not command else (f"fsr-hf {command[0]}",)
     if command != ["export"]:
         assert all(word in result.output for word in words)
+
+
+@pytest.mark.parametrize("command", [[], ["export"]])
+def test_help_covers_the_families(command):
+    lines = invoke(*command, "--help").output.splitlines()
+    for name, family in zip(("LLaVA-1.5", "LLaVA-NeXT", "Qwen2.5-VL", "LLaVA-Video"), FAMILIES, strict=True):
+        (line,) = [line for line in lines if line.startswith(f"    {name} ")]
+        budget = family.config().fsr_config
+        default = f"{budget.num_visual_tokens} tokens" if budget.num_visual_tokens else None
+        default = default or str(Fraction(budget.retention_ratio).limit_denominator(10))
+        assert f"  {default}  " in line and line.endswith("videos") == (name in ("Qwen2.5-VL", "LLaVA-Video"))
+        assert len(line) <= 80
 
 
 # ---------------------------------------------------------------------- the small LLaVA
