@@ -155,6 +155,18 @@ def test_disabled_by_the_config(case, stock):
     assert torch.equal(case.generate(model=model, fsr_enabled=True), case.expected[0])
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_unpruned_copies_keep_their_images_together(case, stock, options):
+    """The row with two items comes first: each copy needs both."""
+    item = case.rows[0][3]
+    inputs = case.family.inputs([[BOS, 20, item, 21, case.rows[1][3], 22, 23], [BOS, 30, item, 31]])
+    torch.manual_seed(0)
+    expected = stock.generate(**case.stock_inputs(inputs), max_new_tokens=NEW, **options)
+    torch.manual_seed(0)
+    actual = case.model.generate(**inputs, max_new_tokens=NEW, fsr_enabled=False, **options)
+    assert torch.equal(actual, expected)
+
+
 def test_query_is_dropped_where_nothing_is_pruned(case, stock):
     nonsense = {"query_input_ids": torch.zeros(1, 3), "query_attention_mask": torch.zeros(7)}
     inputs = case.stock_inputs()
@@ -320,14 +332,14 @@ def test_processors_and_criteria_in_the_place_of_those_of_transformers(case):
     prompts = case.compress([case.repeated])
 
     def from_the_end_of_the_prompt(rows, logits):
-        return penalize(2.0)([row[length:] for row in rows], logits)
+        return penalize(0.3)([row[length:] for row in rows], logits)
 
     for options, choose in (
-        ({}, penalize(2.0)),
+        ({}, penalize(0.3)),
         ({"prompt_ignore_length": length}, from_the_end_of_the_prompt),
     ):
         expected = case.oracle.decode(prompts, NEW, choose)[0]
-        processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0, **options)])
+        processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(0.3, **options)])
         tokens = case.generate(case.one, logits_processor=processors, repetition_penalty=1.0 if options else 9.0)
         assert torch.equal(tokens, expected), options
 
@@ -1279,7 +1291,6 @@ def test_no_attention_maps_and_no_hooks(case):
     hooks = [
         hook
         for module in model.modules()
-        if module is not model.base_model  # whose hooks prune a call of the backbone itself
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     ]
     # transformers has its own, which record hidden states.

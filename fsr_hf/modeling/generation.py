@@ -38,13 +38,6 @@ class FSRGenerationMixin(GenerationMixin):
     # `guidance_scale` runs a second prompt through the model, which not every family can give positions to.
     supports_guidance: ClassVar[bool] = True
 
-    def __init__(self, config):
-        super().__init__(config)
-        # TRL's trainers call the backbone past `forward`, and make the loss from its hidden states.
-        self.base_model.register_forward_pre_hook(self._prune_backbone_call, with_kwargs=True)
-        self.base_model.register_forward_hook(self._restore_backbone_output)
-        self._backbone_prompt: tuple[torch.Tensor, int] | None = None
-
     # ------------------------------------------------------------------ what a family says
 
     def placeholder_ids(self) -> list[int]:
@@ -464,9 +457,17 @@ class FSRGenerationMixin(GenerationMixin):
         num_visual_tokens: int | None = None,
         retention_ratio: float | None = None,
         fsr_enabled: bool | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs,
     ):
         """What the `forward` of every family does; its signature and docstring are the family's."""
+        if mm_encoder_outputs:  # older versions do not know the name
+            if fsr_enabled is not False and self.config.fsr_config.enabled:
+                raise ValueError(
+                    "`mm_encoder_outputs` is not supported with FSR: images in it would run unpruned; pass `input_ids` "
+                    "and pixels. `fsr_enabled=False` runs the stock model."
+                )
+            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
         stock = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -476,14 +477,17 @@ class FSRGenerationMixin(GenerationMixin):
         visual = None if fsr_enabled is False and self.runs_stock(kwargs) else self._pop_visual(kwargs)
         if visual is None:
             _go_on_from_pruned_cache(attention_mask, input_ids, kwargs)
-            return super().forward(**stock, **kwargs, fsr_enabled=False)
+            return super().forward(**stock, **kwargs)
         fsr = self.config.fsr_config.override(num_visual_tokens, retention_ratio, fsr_enabled)
         if not fsr.enabled and self.runs_stock(visual):
-            return super().forward(**stock, **visual, **kwargs, fsr_enabled=False)
-        query = (query_input_ids, query_attention_mask)
-        input_ids, prompt = self._compress_call(input_ids, attention_mask, visual, query, fsr, kwargs)
+            return super().forward(**stock, **visual, **kwargs)
+
+        refused = ("inputs_embeds", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "shift_labels")
+        input_ids = self._check_prompt(input_ids, attention_mask, kwargs, refused)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompt, _ = self._compress(input_ids, mask, visual, (query_input_ids, query_attention_mask), fsr)
         if prompt is None:
-            return super().forward(**stock, **visual, **kwargs, fsr_enabled=False)
+            return super().forward(**stock, **visual, **kwargs)
 
         if labels is not None:
             placeholders = torch.tensor(self.placeholder_ids(), device=input_ids.device)
@@ -504,57 +508,12 @@ class FSRGenerationMixin(GenerationMixin):
             "labels": labels,
             "logits_to_keep": min(logits_to_keep, prompt.input_ids.shape[1]) if is_number and labels is None else 0,
         }
-        outputs = super().forward(return_dict=True, fsr_enabled=False, **kwargs)
+        outputs = super().forward(return_dict=True, **kwargs)
         _mark_pruned(outputs.past_key_values, prompt)
         outputs["logits"] = restore_logits(outputs.logits, prompt.layout.columns, input_ids.shape[1], logits_to_keep)
         if return_dict is None:
             return_dict = self.config.return_dict
         return outputs if return_dict else outputs.to_tuple()
-
-    def _compress_call(self, input_ids, attention_mask, visual, query, fsr, kwargs):
-        """The ids and the compressed prompt of one forward pass with pixels."""
-        refused = (
-            "inputs_embeds",
-            "mm_encoder_outputs",
-            "position_ids",
-            "cu_seq_lens_q",
-            "cu_seq_lens_k",
-            "shift_labels",
-        )
-        input_ids = self._check_prompt(input_ids, attention_mask, kwargs, refused)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return input_ids, self._compress(input_ids, mask, visual, query, fsr)[0]
-
-    def _prune_backbone_call(self, backbone, args, kwargs):
-        """
-        Hook: a call of the backbone with pixels is pruned, unless it comes from `forward`, which says
-        `fsr_enabled=False`.
-        """
-        if self._backbone_prompt is not None:  # that call failed
-            self._backbone_prompt = None
-        if kwargs.pop("fsr_enabled", None) is False:
-            return args, kwargs
-        kwargs = {**dict(zip(inspect.signature(backbone.forward).parameters, args)), **kwargs}
-        query = (kwargs.pop("query_input_ids", None), kwargs.pop("query_attention_mask", None))
-        visual, fsr = self._pop_visual(kwargs), self.config.fsr_config
-        if visual is None:
-            return (), kwargs
-        if not fsr.enabled and self.runs_stock(visual):
-            return (), {**kwargs, **visual}
-        ids, mask = kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
-        ids, prompt = self._compress_call(ids, mask, visual, query, fsr, kwargs)
-        if prompt is None:
-            return (), {**kwargs, **visual, "input_ids": ids, "attention_mask": mask}
-        self._backbone_prompt = (prompt.layout.columns, ids.shape[1])
-        names = ("inputs_embeds", "attention_mask", "position_ids")
-        return (), {**kwargs, **{name: getattr(prompt, name) for name in names}, "return_dict": True}
-
-    def _restore_backbone_output(self, backbone, args, outputs):
-        """Hook: the last hidden states of such a call, at the caller's positions; zeros at dropped ones."""
-        if self._backbone_prompt is not None:
-            (columns, length), self._backbone_prompt = self._backbone_prompt, None
-            outputs["last_hidden_state"] = restore_logits(outputs.last_hidden_state, columns, length, 0)
-        return outputs
 
     # ------------------------------------------------------------------ the text tower
 

@@ -89,6 +89,7 @@ class FSRLlavaForConditionalGeneration(RemoteCodeMixin, CLIPTowerMixin, LlavaFor
         num_visual_tokens: int | None = None,
         retention_ratio: float | None = None,
         fsr_enabled: bool | None = None,
+        mm_encoder_outputs: dict | None = None,  # `generate` of the stock class encodes images ahead
         **kwargs,
     ):
         r"""
@@ -138,6 +139,7 @@ class FSRLlavaForConditionalGeneration(RemoteCodeMixin, CLIPTowerMixin, LlavaFor
             num_visual_tokens=num_visual_tokens,
             retention_ratio=retention_ratio,
             fsr_enabled=fsr_enabled,
+            mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
 

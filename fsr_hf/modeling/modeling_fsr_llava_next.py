@@ -167,6 +167,7 @@ class FSRLlavaNextForConditionalGeneration(RemoteCodeMixin, CLIPTowerMixin, Llav
         num_visual_tokens: int | None = None,
         retention_ratio: float | None = None,
         fsr_enabled: bool | None = None,
+        mm_encoder_outputs: dict | None = None,  # `generate` of the stock class encodes images ahead
         **kwargs,
     ):
         r"""
@@ -222,6 +223,7 @@ class FSRLlavaNextForConditionalGeneration(RemoteCodeMixin, CLIPTowerMixin, Llav
             num_visual_tokens=num_visual_tokens,
             retention_ratio=retention_ratio,
             fsr_enabled=fsr_enabled,
+            mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
 
