@@ -464,8 +464,8 @@ class FSRGenerationMixin(GenerationMixin):
         if mm_encoder_outputs:  # older versions do not know the name
             if fsr_enabled is not False and self.config.fsr_config.enabled:
                 raise ValueError(
-                    "`mm_encoder_outputs` is not supported with FSR: images in it would run unpruned; pass `input_ids` "
-                    "and pixels. `fsr_enabled=False` runs the stock model."
+                    "`mm_encoder_outputs` is not supported with FSR: images in it would run unpruned; pass "
+                    "`input_ids` and pixels. `fsr_enabled=False` runs the stock model."
                 )
             kwargs["mm_encoder_outputs"] = mm_encoder_outputs
         stock = {
