@@ -16,6 +16,7 @@ import jinja2
 import jinja2.meta
 import numpy as np
 import pytest
+from clips import write_clip
 from hub.stand_ins import STAND_INS
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -429,6 +430,7 @@ def test_examples_run(model_type, tmp_path):
         render_card(name).save(work / f"{name}.md")
     pixels = np.random.default_rng(0).integers(0, 255, (120, 200, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(work / "photo.jpg")
+    write_clip(work / "video.mp4")
 
     script = Path(__file__).with_name("card_process.py")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
