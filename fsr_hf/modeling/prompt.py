@@ -121,8 +121,9 @@ def lay_out(
     attention_mask: torch.Tensor, items: list[VisualItem], kept: list[int], indices: torch.Tensor
 ) -> PromptLayout:
     """
-    Lay out the compressed prompt. Rows end together; as many of the caller's leading padding columns are taken along
-    as there is room for, and slack fills what is left. All but `indices` is known on the host.
+    Lay out the compressed prompt. Rows end together, without the caller's trailing padding; as many of the leading
+    padding columns are taken along as there is room for, and slack fills what is left. All but `indices` is known on
+    the host.
 
     Args:
         attention_mask (`torch.LongTensor` of shape `(batch, length)`):
@@ -144,12 +145,15 @@ def lay_out(
                 parts += [torch.arange(end, item.start), torch.full((number,), visual)]
                 end = item.start + item.length
         rows.append(torch.cat([*parts, torch.arange(end, length)]))
-    # A row may lose its leading padding, and nothing else.
-    attended = [(row == visual) | mask[row.clamp(min=0)].bool() for row, mask in zip(rows, attention_mask)]
-    width = max(int(real.flip(0).nonzero().max()) + 1 if real.any() else 1 for real in attended)
+    # A row loses the padding after it, and as much of the padding before it as it takes.
+    spans = []
+    for row, mask in zip(rows, attention_mask):
+        attended = ((row == visual) | mask[row.clamp(min=0)].bool()).nonzero()
+        spans.append((int(attended[0]), int(attended[-1]) + 1) if len(attended) else (len(row) - 1, len(row)))
+    width = max(end - start for start, end in spans)
     columns = torch.full((batch, width), -1)
-    for target, source in zip(columns, rows):
-        source = source[-width:]
+    for target, source, (_, end) in zip(columns, rows, spans):
+        source = source[max(end - width, 0) : end]
         target[width - len(source) :] = source
 
     slots = (columns.flatten() == visual).nonzero()[:, 0]
