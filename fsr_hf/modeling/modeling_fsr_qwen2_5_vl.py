@@ -271,7 +271,7 @@ class FSRQwen2_5_VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin,
         """
         # The stock class keeps the offset from entries of the cache to positions on the model, where an earlier call,
         # whatever its prompt was, has left its own. It belongs to the cache.
-        is_start = past_key_values is None or not past_key_values.get_seq_length()
+        is_start = position_ids is None and (past_key_values is None or not past_key_values.get_seq_length())
         if position_ids is None:
             deltas = None if is_start else getattr(past_key_values, "rope_deltas", self.model.rope_deltas)
             self.model.rope_deltas = deltas
@@ -297,7 +297,7 @@ class FSRQwen2_5_VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin,
             **kwargs,
         )
         cache = getattr(outputs, "past_key_values", past_key_values)
-        if position_ids is None and is_start and cache is not None:
+        if is_start and cache is not None:
             cache.rope_deltas = self.model.rope_deltas
         return outputs
 
