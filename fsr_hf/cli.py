@@ -46,7 +46,12 @@ def export(
     retention_ratio: Annotated[
         float | None, typer.Option(help="Kept share of the visual tokens, in (0, 1], in place of a number.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is in OUTPUT_DIR.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Replace what is in OUTPUT_DIR; what no export made stays in OUTPUT_DIR.replaced."
+        ),
+    ] = False,
     link: Annotated[bool, typer.Option("--link/--copy", help="Hard-link the weights, or copy them.")] = False,
     base_model: Annotated[
         str | None,
@@ -247,9 +252,9 @@ def explain(
 
 def _hub_errors() -> tuple[type[Exception], ...]:
     """What ends a command that talks to the Hub; a lost connection is an error of the client's HTTP library."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 
-    return (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)
+    return (OSError, RuntimeError, ValueError, StrictDataclassError, *HfHubHTTPError.__bases__)
 
 
 def _fail(error: Exception | str, code: int = 1) -> NoReturn:

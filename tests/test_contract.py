@@ -1622,3 +1622,25 @@ def test_calls_leave_no_state(case):
     assert torch.equal(case.generate(), case.expected[0])
     for name, value in inputs.items():
         torch.testing.assert_close(case.inputs[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_misspelt_arguments_of_forward(case):
+    for name in ("num_visual_token", "retention_ration", "fsr_enable"):
+        with recorded(case.model.get_submodule(case.family.tower)) as calls, pytest.raises(ValueError, match=name):
+            case.model(**case.inputs, **{name: 1})
+        assert not calls
+
+
+def test_labels_of_another_shape(case):
+    with recorded(case.model.get_submodule(case.family.tower)) as calls, pytest.raises(ValueError, match="`labels`"):
+        case.model(**case.inputs, labels=case.inputs["input_ids"][:, 1:])
+    assert not calls
+
+
+def test_a_video_for_a_model_of_images(case):
+    if "pixel_values_videos" in case.model.visual_inputs:
+        pytest.skip("this family takes videos")
+    inputs = {**case.inputs, "pixel_values_videos": torch.zeros(1, 2, 3, 84, 84)}
+    for call in (case.model, case.model.generate):
+        with pytest.raises(ValueError, match="takes images alone"):
+            call(**inputs)

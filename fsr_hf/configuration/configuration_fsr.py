@@ -136,16 +136,22 @@ class FSRConfig(PreTrainedConfig):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _RULES:
             check_fsr_value(name, value)
+        elif self._is_built and not name.startswith("_") and not hasattr(self, name):
+            raise ValueError(f"FSRConfig has no field `{name}={value!r}`. Its fields are {', '.join(_RULES)}.")
         if name == "text_encoder_config" and isinstance(value, dict):
             value = CLIPTextConfig(**value)
         super().__setattr__(name, value)
         # Once built, naming one budget clears the other; before that, both are compared in `__post_init__`.
-        if name in _BUDGETS and "_attn_implementation_internal" in self.__dict__:
+        if name in _BUDGETS and self._is_built:
             other = _BUDGETS[1 - _BUDGETS.index(name)]
             if value is not None:
                 super().__setattr__(other, None)
             elif getattr(self, other) is None:
                 super().__setattr__(*self._family_budget)
+
+    @property
+    def _is_built(self) -> bool:
+        return "_attn_implementation_internal" in self.__dict__
 
     def __post_init__(self, **kwargs):
         # What `PreTrainedConfig` itself reads or writes; anything else is a typo.
@@ -223,6 +229,8 @@ class FSRConfigMixin:
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "fsr_config":
             value = self._complete_fsr_config(value)
+        elif name == "model_type":  # of a stock config that this one is made from
+            value = type(self).model_type
         super().__setattr__(name, value)
 
     def _complete_fsr_config(self, value):

@@ -12,21 +12,23 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import logging
 
 from ..configuration.configuration_fsr_llava_video import is_original_config
 from .cards import card_data, read_base, write_card
 from .families import FAMILIES, Family
-from .manifest import MANIFEST, write_manifest
+from .manifest import MANIFEST, read_manifest, write_manifest
 from .original import make_processor
-from .verify import check_loads, find_weights
+from .verify import check_loads, find_weights, open_tensors
 
 
 __all__ = ["export"]
+
+logger = logging.get_logger(__name__)
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -35,6 +37,7 @@ _PICKLE = "pytorch_model.bin"
 # What travels as it is: tokenizers, processors, templates, generation defaults, licences. No weights, no code.
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "chat_templates/*", "query_tokenizer/*", "LICENSE*", "NOTICE*")
 _CARD = "README.md"
+_MARK = ".fsr-hf-export"  # in a folder that an export is filling
 _TEXT_ENCODER = "text_encoder."  # the submodule of every FSR model that holds CLIP's text side
 
 
@@ -70,7 +73,8 @@ def export(
         base_model (`str`, *optional*):
             The Hub id of `source` for the model card, where `source` is a folder. The licence depends on it.
         force (`bool`, *optional*, defaults to `False`):
-            Whether to replace a checkpoint that is in `output_dir` already.
+            Whether to replace what is in `output_dir`. What no export made is not deleted: it stays in
+            `OUTPUT_DIR.replaced`.
         link (`bool`, *optional*, defaults to `False`):
             Whether to hard-link the shards, where the file system can, in place of copying them. It takes neither time
             nor space, but whoever later writes into one of the two files changes both.
@@ -91,9 +95,10 @@ def export(
     output_dir = Path(output_dir).resolve()
     _check_output(output_dir, force)
     folder = _fetch(source)
-    if output_dir in (folder.resolve(), *folder.resolve().parents):
-        raise ValueError(f"`output_dir` {output_dir} holds the source {folder}: choose another folder.")
     clip_folder = None if text_encoder is None else _fetch_clip(text_encoder)
+    for name, used in (("source", folder), ("text encoder", clip_folder)):
+        if used is not None and output_dir in (used.resolve(), *used.resolve().parents):
+            raise ValueError(f"`output_dir` {output_dir} holds the {name} {used}: choose another folder.")
     weights = find_weights(folder)
     family, config = _make_config(folder, clip_folder, fsr_config or {})
     with torch.device("meta"):
@@ -124,12 +129,27 @@ def export(
 
 
 def _check_output(output_dir: Path, force: bool) -> None:
-    if output_dir.is_dir() and not any(output_dir.iterdir()):
+    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
         return
-    if output_dir.exists() and not force:
+    if not force:
         raise FileExistsError(f"`output_dir` {output_dir} is not empty: choose another, or replace it with `force`.")
-    if output_dir.exists() and not (output_dir / _CONFIG).is_file():
-        raise FileExistsError(f"`output_dir` {output_dir} is not empty, and no checkpoint that `force` may replace.")
+    if not output_dir.is_dir():
+        raise FileExistsError(f"`output_dir` {output_dir} is a file: choose another.")
+    replaced = _beside(output_dir, "replaced")
+    if replaced.exists() and not _is_export(replaced):
+        raise FileExistsError(f"{replaced} is in the way of what is in `output_dir` now: move it away.")
+
+
+def _beside(output_dir: Path, state: str) -> Path:
+    return output_dir.with_name(f"{output_dir.name}.{state}")
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether an export made everything in `folder`, so that nothing is lost with it."""
+    if not (folder / MANIFEST).is_file():
+        return not any(folder.iterdir())
+    listed = {name.partition("/")[0] for name in read_manifest(folder)[1]} | {MANIFEST, "README.md"}
+    return {path.name for path in folder.iterdir()} <= listed
 
 
 def _fetch(name: str | os.PathLike, weights: str = "*.safetensors") -> Path:
@@ -218,7 +238,7 @@ def _read_text_side(clip_folder: Path, shapes: dict[str, torch.Size]) -> dict[st
     else:
         weights = find_weights(clip_folder)
         for file in sorted(set(weights.values())):
-            with safe_open(file, framework="pt") as stored:
+            with open_tensors(file) as stored:
                 tensors |= {names[name]: stored.get_tensor(name) for name in names.keys() & set(stored.keys())}
     for name, shape in shapes.items():
         found = tuple(tensors[name].shape) if name in tensors else None
@@ -234,18 +254,26 @@ def _read_text_side(clip_folder: Path, shapes: dict[str, torch.Size]) -> dict[st
 def _replacing(output_dir: Path) -> Iterator[Path]:
     """A new folder beside `output_dir` that takes its place at the end, and is gone if anything fails before."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    staging, old = (output_dir.with_name(f"{output_dir.name}.{state}") for state in ("incomplete", "replaced"))
+    staging, old = _beside(output_dir, "incomplete"), _beside(output_dir, "replaced")
+    if staging.exists() and not (staging / _MARK).exists():
+        raise FileExistsError(f"{staging} is in the way, and no export left it there: move it away.")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
+    (staging / _MARK).touch()
     try:
         yield staging
+        (staging / _MARK).unlink()
         if output_dir.exists():
+            shutil.rmtree(old, ignore_errors=True)  # of a killed export, or `_check_output` would have refused
             output_dir.rename(old)
         staging.rename(output_dir)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists() and _is_export(old):
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        logger.warning(f"{output_dir} held what no export made: it is in {old} now.")
 
 
 def _copy_files(folder: Path, staging: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor
 from transformers.utils import logging
 
@@ -21,7 +21,7 @@ from .flatten import flat_files
 from .manifest import Fingerprint, compare_manifest, read_manifest
 
 
-__all__ = ["check_code", "check_loads", "find_weights", "verify"]
+__all__ = ["check_code", "check_loads", "find_weights", "open_tensors", "verify"]
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -31,9 +31,9 @@ def verify(source: str | os.PathLike) -> list[str]:
     """
     Checks a Hub folder, or a repository on the Hub, and runs nothing of it.
 
-    Every file has to be what the manifest says, and the code what this version of the package writes, if it was the
-    one that wrote it. Of a folder the weights are hashed; of a repository, the hashes that the server has of them are
-    compared, and only the small files are downloaded.
+    Every file has to be what the manifest says, and the code what this version of the package writes; code of another
+    version is a difference, since a manifest can be rewritten along with it. Of a folder the weights are hashed; of a
+    repository, the hashes that the server has of them are compared, and only the small files are downloaded.
 
     Args:
         source (`str` or `os.PathLike`):
@@ -52,9 +52,14 @@ def verify(source: str | os.PathLike) -> list[str]:
         folder, elsewhere = _fetch_small_files(str(source))
     try:
         version, _ = read_manifest(folder)
-        return [*compare_manifest(folder, elsewhere), *check_code(folder, version)]
+        differences = [*compare_manifest(folder, elsewhere), *check_code(folder, version)]
     except ValueError as error:
         return [str(error)]
+    if version != __version__:
+        differences.append(
+            f"its code is said to be of fsr-hf {version}, and could not be compared: install that version to check it"
+        )
+    return differences
 
 
 def _fetch_small_files(name: str) -> tuple[Path, dict[str, Fingerprint]]:
@@ -80,10 +85,12 @@ def check_code(folder: Path, version: str = __version__) -> list[str]:
     if family is None:
         return ["config.json is missing, or no config of FSR"]
     faults = []
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(folder.rglob("*.json")):
         content = _read_json(file)
         auto_map = content.get("auto_map") if isinstance(content, dict) else None
-        if file.name == "config.json" and auto_map != family.auto_map:
+        if isinstance(content, dict) and "custom_pipelines" in content:
+            faults.append(f"{file.name}: `custom_pipelines` names other code: {content['custom_pipelines']}")
+        if file == folder / "config.json" and auto_map != family.auto_map:
             faults.append(f"config.json: `auto_map` is {auto_map}, and should be {family.auto_map}")
         elif auto_map and not auto_map.items() <= family.auto_map.items():
             faults.append(f"{file.name}: `auto_map` names other code: {auto_map}")
@@ -92,11 +99,19 @@ def check_code(folder: Path, version: str = __version__) -> list[str]:
         for name in sorted(wanted):
             if not (folder / name).is_file():
                 faults.append(f"{name} is missing")
-            elif (folder / name).read_text(encoding="utf-8") != wanted[name]:
+            elif (folder / name).read_bytes() != wanted[name].encode():
                 faults.append(f"{name} is not that of fsr-hf {version}")
         strangers = {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")} - wanted.keys()
         faults += [f"{name} is no file of fsr-hf {version}" for name in sorted(strangers)]
     return faults
+
+
+def open_tensors(file: Path) -> Any:
+    """A safetensors file, open; a damaged one is a `ValueError` that names it."""
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or incomplete: {error}") from error
 
 
 def check_loads(folder: Path) -> list[str]:
@@ -142,7 +157,7 @@ def find_weights(folder: Path) -> dict[str, Path]:
         `ValueError`: if there are none, or shards of the index are missing.
     """
     if (folder / _WEIGHTS).is_file():
-        with safe_open(folder / _WEIGHTS, framework="pt") as tensors:
+        with open_tensors(folder / _WEIGHTS) as tensors:
             return dict.fromkeys(tensors.keys(), folder / _WEIGHTS)
     if (folder / _INDEX).is_file():
         weights = {name: folder / file for name, file in _read_json(folder / _INDEX)["weight_map"].items()}
@@ -160,7 +175,7 @@ def _without_data(weights: dict[str, Path]) -> dict[str, torch.Tensor]:
     """Tensors of the names and shapes that the files have, read from their headers. A loader asks for no dtype."""
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(set(weights.values())):
-        with safe_open(file, framework="pt") as stored:
+        with open_tensors(file) as stored:
             for name in stored.keys():  # noqa: SIM118 (no dict)
                 tensors[name] = torch.empty(stored.get_slice(name).get_shape(), device="meta")
     return tensors

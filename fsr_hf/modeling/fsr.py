@@ -183,6 +183,10 @@ def _focus(priority, mask, budgets, width, rho, focus_mass):
     return order[:, :width].masked_fill(counts[:width] > num_focus[:, None], num_tokens)
 
 
+# Rows of a matrix product that every library computes alike.
+_TILE = 64
+
+
 class _Cosines:
     """Cosines in float32 between some tokens of each row and all tokens of that row, `(batch, k, num_tokens)`."""
 
@@ -193,13 +197,18 @@ class _Cosines:
         unit = features / peak.masked_fill(peak == 0, 1.0)
         norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
         self.finite = peak.isfinite().squeeze(-1)
-        self.unit = unit.div_(norm.masked_fill_(norm == 0, 1.0))
+        unit = unit.div_(norm.masked_fill_(norm == 0, 1.0))
+        # A matrix product may round its last, incomplete tile in another way, so that equal tokens differ in the last
+        # bit and a tie goes to the wrong one: there is none.
+        self.num_tokens = unit.shape[1]
+        self.unit = torch.nn.functional.pad(unit, (0, 0, 0, -self.num_tokens % _TILE))
         # One product for all pairs is faster than one for each anchor; it may take twice the memory of the features.
-        self.pairs = self._between(self.unit) if unit.shape[1] <= 2 * unit.shape[2] else None
+        self.pairs = self._between(self.unit) if self.num_tokens <= 2 * unit.shape[2] else None
 
     def _between(self, tokens):
         # A token with non-finite features leaves NaN in each of its cosines.
-        return (tokens @ self.unit.mT).clamp_(-1.0, 1.0).nan_to_num_(nan=-1.0)
+        cosines = (tokens @ self.unit.mT).clamp_(-1.0, 1.0).nan_to_num_(nan=-1.0)
+        return cosines[..., : self.num_tokens]
 
     def rows(self, tokens):
         return self._between(_take(self.unit, tokens)) if self.pairs is None else _take(self.pairs, tokens)

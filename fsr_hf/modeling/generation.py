@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import torch
@@ -159,6 +160,11 @@ class FSRGenerationMixin(GenerationMixin):
 
     def _pop_visual(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """Take the visual inputs out of `kwargs`; `None` (and nothing taken) if there are no pixels."""
+        if kwargs.get("pixel_values_videos") is not None and "pixel_values_videos" not in self.visual_inputs:
+            raise ValueError(
+                f"`pixel_values_videos` is not supported: {type(self).__name__} takes images alone. Pass frames as "
+                "images, or use a model for videos (FSRLlavaVideo, FSRQwen2_5_VL)."
+            )
         if all(kwargs.get(name) is None for name in self.pixel_inputs):
             return None
         return {name: kwargs.pop(name) for name in self.visual_inputs if name in kwargs}
@@ -263,8 +269,8 @@ class FSRGenerationMixin(GenerationMixin):
             _refuse_pruned_cache(kwargs.get("past_key_values"))
             return super().generate(inputs, generation_config, **arguments, **kwargs)
 
-        self._check_generation(options, model_kwargs, arguments, kwargs)
         visual = self._pop_visual(kwargs)
+        self._check_generation(options, model_kwargs, arguments, kwargs)
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if visual is None:
             self._check_text_prompt(input_ids, kwargs)
@@ -482,8 +488,9 @@ class FSRGenerationMixin(GenerationMixin):
         if not fsr.enabled and self.runs_stock(visual):
             return super().forward(**stock, **visual, **kwargs)
 
-        refused = ("inputs_embeds", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "shift_labels")
+        refused = ("inputs_embeds", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "shift_labels")
         input_ids = self._check_prompt(input_ids, attention_mask, kwargs, refused)
+        _check_forward(kwargs, labels, input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompt, _ = self._compress(input_ids, mask, visual, (query_input_ids, query_attention_mask), fsr)
         if prompt is None:
@@ -537,6 +544,19 @@ class FSRGenerationMixin(GenerationMixin):
         if getattr(self, "text_encoder", None) is not None:
             self.text_encoder.requires_grad_(False)
         return self
+
+
+def _check_forward(kwargs: dict[str, Any], labels: torch.Tensor | None, input_ids: torch.Tensor) -> None:
+    """What the stock `forward` would take without a word: a misspelt argument of FSR; or fail on after the tower."""
+    arguments = ("query_input_ids", "query_attention_mask", "num_visual_tokens", "retention_ratio", "fsr_enabled")
+    for name in kwargs:
+        if meant := get_close_matches(name, arguments, n=1, cutoff=0.8):
+            raise ValueError(f"`{name}` is no argument of the model. Did you mean `{meant[0]}`?")
+    if labels is not None and labels.shape != input_ids.shape:
+        raise ValueError(
+            f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, but their shape is "
+            f"{tuple(labels.shape)}."
+        )
 
 
 def _positions(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -175,6 +175,11 @@ class QueryProcessorMixin:
             query (`str` or `list[str]`, *optional*):
                 What to look for in the images: one string for all rows, or a list with one string for each row.
         """
+        if videos is not None and not hasattr(self, "video_processor"):
+            raise ValueError(
+                f"`videos` are not supported: {type(self).__name__} takes images alone. Pass frames as images, or use "
+                "a model for videos (FSRLlavaVideo, FSRQwen2_5_VL)."
+            )
         rows = [text] if isinstance(text, str) else text
         queries = None
         if query is not None:

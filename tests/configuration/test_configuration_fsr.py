@@ -620,3 +620,14 @@ def test_dtype_is_no_field_of_fsr(family, tmp_path):
     config = family.from_pretrained(tmp_path)
     assert config.dtype == torch.bfloat16
     assert "dtype" not in config.to_dict()["fsr_config"]
+
+
+def test_a_misspelt_field_cannot_be_assigned():
+    config = FSRLlavaConfig()
+    with pytest.raises(ValueError, match="num_visual_token=3"):
+        config.fsr_config.num_visual_token = 3
+
+
+def test_made_of_the_fields_of_a_stock_config():
+    config = FSRLlavaConfig(**LlavaConfig().to_dict())
+    assert config.model_type == config.to_dict()["model_type"] == "fsr_llava"

@@ -560,13 +560,38 @@ def test_output_is_replaced_whole_or_not_at_all(checkpoints, tmp_path, monkeypat
         patch.setattr("fsr_hf.hub.export.save_file", raise_disk_full)
         export(checkpoints.stock, folder, text_encoder=checkpoints.clip, force=True, progress=False)
     assert list(tmp_path.iterdir()) == [folder] and (folder / "note.txt").exists()
+    # What no export made is kept; what one made is not.
+    replaced = tmp_path / "fsr.replaced"
     export(checkpoints.stock, folder, force=True, progress=False)
-    assert list(tmp_path.iterdir()) == [folder] and not (folder / "note.txt").exists()
+    assert sorted(tmp_path.iterdir()) == [folder, replaced] and not (folder / "note.txt").exists()
+    assert (replaced / "note.txt").read_text() == "old"
+    with pytest.raises(FileExistsError, match="in the way"):
+        export(checkpoints.stock, folder, force=True)
+    shutil.rmtree(replaced)
+    export(checkpoints.stock, folder, force=True, progress=False)
+    assert list(tmp_path.iterdir()) == [folder]
+
     with pytest.raises(ValueError, match="holds the source"):
         export(folder, folder, force=True)
-    (folder / "config.json").unlink()
-    with pytest.raises(FileExistsError, match="no checkpoint that `force` may replace"):
-        export(checkpoints.stock, folder, force=True)
+    clip = tmp_path / "clip"
+    shutil.copytree(checkpoints.clip, clip)
+    with pytest.raises(ValueError, match="holds the text encoder"):
+        export(checkpoints.stock, clip, text_encoder=clip, force=True)
+    assert (clip / "config.json").exists()
+    (tmp_path / "new.incomplete").mkdir()
+    (tmp_path / "new.incomplete" / "note.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="no export left it"):
+        export(checkpoints.stock, tmp_path / "new", progress=False)
+    assert (tmp_path / "new.incomplete" / "note.txt").exists()
+
+
+def test_damaged_weights(checkpoints, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints.stock, source)
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or incomplete"):
+        export(source, tmp_path / "fsr")
 
 
 def raise_disk_full(*args, **kwargs):

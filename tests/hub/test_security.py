@@ -10,8 +10,8 @@ from fsr_hf.hub.flatten import flat_files
 
 # Of the standard library, what can do none of that; of `os` the name of a type.
 MODULES = {
-    *("collections", "collections.abc", "contextlib", "contextvars", "copy", "dataclasses", "functools", "inspect"),
-    *("itertools", "math", "os", "re", "typing"),
+    *("collections", "collections.abc", "contextlib", "contextvars", "copy", "dataclasses", "difflib", "functools"),
+    *("inspect", "itertools", "math", "os", "re", "typing"),
     "huggingface_hub.dataclasses",
 }
 OF_OS = {"PathLike"}

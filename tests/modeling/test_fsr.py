@@ -684,3 +684,23 @@ def test_the_file_stands_alone():
     assert names == ["indices", "is_focus", "features", "priority", "merged_into", "grid", "modality", "row"]
     selection = select_visual_tokens(torch.eye(3)[None], torch.ones(1, 3), None, 2)
     assert (selection.grid, selection.modality, selection.row) == (None, None, None)
+
+
+def test_equal_tokens_are_a_tie_in_any_number():
+    """The matrix product behind the cosines must not tell equal tokens apart by where they stand."""
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        number, distinct, width = (
+            int(torch.randint(*span, (1,), generator=generator)) for span in ((20, 150), (5, 10), (8, 200))
+        )
+        tokens = torch.randn(distinct, width, generator=generator)
+        which = torch.randint(0, distinct, (number,), generator=generator)
+        selection = select_visual_tokens(
+            tokens[which][None], torch.rand(1, number, generator=generator), None, 4, rho=1e-6
+        )
+        first = [which.tolist().index(token) for token in which.tolist()]
+        kept, is_focus = selection.indices[0].tolist(), selection.is_focus[0].tolist()
+        focus = {int(which[index]) for index, is_one in zip(kept, is_focus) if is_one}
+        anchors = [index for index, is_one in zip(kept, is_focus) if not is_one]
+        assert len({int(which[index]) for index in anchors} | focus) == min(4, len(set(which.tolist())))
+        assert all(index == first[index] for index in anchors), seed

@@ -576,3 +576,12 @@ def test_placeholders_of_videos_are_no_words():
     processor = build()
     processor.video_token = "<video>"  # as a family with videos sets it
     assert processor.queries_from_text(["USER: <video>\nwhat happens <image> here?"]) == ["what happens here?"]
+
+
+def test_a_video_is_refused(processor):
+    video = torch.zeros(2, 3, 28, 28)
+    with pytest.raises(ValueError, match="takes images alone"):
+        processor(text="<video> what happens?", videos=[video], return_tensors="pt")
+    with pytest.raises(ValueError, match="takes images alone"):
+        content = [{"type": "video", "video": video}, {"type": "text", "text": "what happens?"}]
+        chat(processor, [{"role": "user", "content": content}])
