@@ -261,9 +261,9 @@ class FSRConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        # The stock merge would leave the stored budget beside the new one, and a stock config.json its `model_type`.
+        # The stock merge would leave the stored budget beside the new one.
         fsr_config = kwargs.pop("fsr_config", None)
-        result = super().from_dict({**config_dict, "model_type": cls.model_type}, **kwargs)  # type: ignore[misc]
+        result = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
         if fsr_config is not None:
             config = result[0] if isinstance(result, tuple) else result
             config.fsr_config = fsr_config
