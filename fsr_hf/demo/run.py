@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..explain import check_fsr_model
 from ..hub.export import export
+from ..machine import machine_name
 from .small_llava import SmallLlava, save_small_llava
 
 
@@ -170,20 +171,10 @@ def _report(result: dict[str, Any], repeats: int) -> Iterator[str]:
     )
     yield _paragraph(
         f"{result['model']} from the checkpoint's own {result['code']}.py, {result['num_parameters'] / 1e6:.0f} M "
-        f"weights in {result['dtype']}, on {result['device']}. {_machine()}, {result['num_threads']} used by torch "
-        f"{torch.__version__}; transformers {transformers.__version__}, Python {platform.python_version()}."
+        f"weights in {result['dtype']}, on {result['device']}. {machine_name()}, {result['num_threads']} used by "
+        f"torch {torch.__version__}; transformers {transformers.__version__}, Python {platform.python_version()}."
     )
 
 
 def _paragraph(text: str) -> str:
     return textwrap.fill(text, _WIDTH)
-
-
-def _machine() -> str:
-    processor = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            processor = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{processor}, {os.cpu_count()} cores"

@@ -1,0 +1,28 @@
+"""What a measurement was taken on."""
+
+import os
+import platform
+from importlib.metadata import version
+
+import torch
+
+
+__all__ = ["machine_name", "package_versions"]
+
+
+def machine_name() -> str:
+    """Processor and its cores, and the GPU if there is one."""
+    processor = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            processor = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    name = f"{processor}, {os.cpu_count()} cores"
+    return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a time or an answer depends on."""
+    packages = ("fsr-hf", "torch", "transformers")
+    return {"python": platform.python_version()} | {package: version(package) for package in packages}
