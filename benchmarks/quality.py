@@ -1,0 +1,687 @@
+"""
+How good answers are after pruning: FSR, its ablations and its peers on the same questions and the same model.
+
+The questions are those of Shapes-VQA's test split. An answer is right if greedy decoding gives it, word for word. That
+is so if, and only if, with the answer as the continuation of the prompt every token of it, the end of text included,
+is the most likely one at its place: one pass for a batch of questions, without decoding. The vision tower and the
+scores are computed once for a question, and each method selects from them for the whole batch. A few questions go
+through `generate()` as well, and the run stops if it does not agree.
+
+    python -m benchmarks.quality --seeds 0,1,2 --questions 2000 --json docs/quality.json
+    python -m benchmarks.quality --docs --json docs/quality.json     # tables and plot of docs/quality.md, no run
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers.utils import logging
+
+from benchmarks.selectors import (
+    Kept,
+    cdpruner,
+    divprune,
+    fastervlm,
+    fsr,
+    holov,
+    random_tokens,
+    uniform_grid,
+    visionzip,
+    vispruner,
+)
+from examples.shapes_vqa.data import KINDS, Question, Scene, held_out_questions
+from fsr_hf import FSRConfig, FSRLlavaConfig, FSRLlavaForConditionalGeneration, FSRLlavaProcessor, select_visual_tokens
+from fsr_hf.machine import machine_name, package_versions
+
+
+__all__ = ["BUDGETS", "METHODS", "Batch", "Method", "encode", "focus_sizes", "is_right", "measure", "object_patches"]
+
+# The paper's 192, 128, 64 and 32 of 576 tokens.
+BUDGETS = ("1/3", "2/9", "1/9", "1/18")
+# A kind of question that the model itself does not answer is no measure of what pruning costs.
+LEAST_ACCURACY = 0.6
+
+
+def _fsr_without_scan(features, saliency, relevance, num_kept: int, **settings) -> Kept:
+    return fastervlm(features, _priority(saliency, relevance, **settings), None, num_kept)
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    One line of the table.
+
+    Args:
+        label (`str`):
+            What it is called in the docs.
+        select (`Callable`):
+            As in `benchmarks/selectors.py`.
+        before_projector (`bool`):
+            Whether it works on the features of the vision tower; what it keeps then goes through the projector.
+        literal (`bool`):
+            Whether relevance is the cosine of question and patch as it is, not inverted.
+        needs (`tuple[str, ...]`):
+            What else it takes: `"generator"`, `"grid"` or `"keys"`.
+        settings (`dict`, *optional*):
+            For a variant of FSR: what it changes. `None` for a peer.
+    """
+
+    label: str
+    select: Callable[..., Kept]
+    before_projector: bool = False
+    literal: bool = False
+    needs: tuple[str, ...] = ()
+    settings: dict[str, Any] | None = None
+
+    @property
+    def has_focus(self) -> bool:
+        return self.select is fsr
+
+
+METHODS = {
+    "unpruned": Method("Unpruned", lambda features, *_: (features, torch.empty(0))),
+    "random": Method("Random", random_tokens, needs=("generator",)),
+    "uniform": Method("Uniform grid", uniform_grid, needs=("grid",)),
+    "cls": Method("FasterVLM ([CLS] attention)", fastervlm),
+    "vispruner": Method("VisPruner", vispruner, before_projector=True),
+    "visionzip": Method("VisionZip", visionzip, before_projector=True, needs=("keys",)),
+    "divprune": Method("DivPrune", divprune),
+    "cdpruner": Method("CDPruner", cdpruner, before_projector=True),
+    "holov": Method("HoloV", holov),
+    "fsr": Method("FSR", fsr, settings={}),
+    "fsr-alpha0": Method("α = 0: no relevance", fsr, settings={"alpha": 0.0}),
+    "fsr-beta0": Method("β = 0: no saliency", fsr, settings={"beta": 0.0}),
+    "fsr-literal": Method("relevance not inverted", fsr, literal=True, settings={}),
+    "fsr-no-scan": Method("no Scan: top K by priority", _fsr_without_scan, settings={}),
+    "fsr-no-refine": Method("no Refine: κ = 0", fsr, settings={"kappa": 0.0}),
+    "fsr-kappa5": Method("κ = 5", fsr, settings={"kappa": 5.0}),
+    "fsr-rho0.5": Method("ρ = 0.5", fsr, settings={"rho": 0.5}),
+    "fsr-rho0.7": Method("ρ = 0.7", fsr, settings={"rho": 0.7}),
+    "fsr-mass-budget": Method('`focus_mass="budget"`', fsr, settings={"focus_mass": "budget"}),
+    "fsr-before-projector": Method("Scan and Refine before the projector", fsr, before_projector=True, settings={}),
+}
+# What a variant of FSR does not change: the package's defaults, which are the paper's.
+_DEFAULTS = {name: getattr(FSRConfig(), name) for name in ("alpha", "beta", "rho", "kappa", "focus_mass")}
+
+
+@dataclass
+class Batch:
+    """
+    Questions with everything that a method selects from, in rows.
+
+    Args:
+        prefix (`torch.LongTensor` of shape `(prefix_length,)`):
+            Ids of the prompt before the picture, the same in every prompt.
+        suffix (`torch.LongTensor` of shape `(batch, suffix_length)`):
+            Ids after the picture: the rest of the prompt, and the answer; padded on the right.
+        starts (`torch.LongTensor` of shape `(batch,)`):
+            Column of `suffix` where the answer starts.
+        answers (`torch.LongTensor` of shape `(batch, answer_length)`):
+            Ids of the answer and of the end of text; padded with -1.
+        patches (`torch.FloatTensor` of shape `(batch, num_tokens, vision_hidden_size)`):
+            Features of the vision tower.
+        tokens (`torch.FloatTensor` of shape `(batch, num_tokens, hidden_size)`):
+            The same after the projector.
+        keys (`torch.FloatTensor` of shape `(batch, num_tokens, head_dim)`):
+            Keys of the block that saliency comes from, averaged over heads.
+        saliency (`torch.FloatTensor` of shape `(batch, num_tokens)`):
+            Eq. 1.
+        cosine (`torch.FloatTensor` of shape `(batch, num_tokens)`):
+            Eq. 2, not inverted.
+        name_cosine (`torch.FloatTensor` of shape `(batch, num_tokens)`):
+            The same for the name of the object in question, such as "a red star"; of no meaning without one.
+        on_object (`torch.BoolTensor` of shape `(batch, num_tokens)`):
+            Patches of the object in question; none without one.
+        grid (`tuple[int, int]`):
+            Rows and columns of patches.
+    """
+
+    prefix: torch.Tensor
+    suffix: torch.Tensor
+    starts: torch.Tensor
+    answers: torch.Tensor
+    patches: torch.Tensor
+    tokens: torch.Tensor
+    keys: torch.Tensor
+    saliency: torch.Tensor
+    cosine: torch.Tensor
+    name_cosine: torch.Tensor
+    on_object: torch.Tensor
+    grid: tuple[int, int]
+
+
+Example = tuple[Scene, Question]
+
+
+# ---------------------------------------------------------------- one batch
+
+
+def load(folder: str | os.PathLike, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+    """The model, with FSR's defaults whatever its config says, and its processor."""
+    model = FSRLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+    for name in (*_DEFAULTS, "relevance", "invert_relevance"):
+        setattr(model.config.fsr_config, name, getattr(FSRConfig(), name))
+    if model.text_encoder is None:
+        raise ValueError(
+            f"{folder} has no text encoder: export it with `text_encoder=`, for relevance to the question."
+        )
+    return model, FSRLlavaProcessor.from_pretrained(folder)
+
+
+def prompts(processor, examples: Sequence[Example]):
+    """The inputs of the model as a user makes them, padded on the left."""
+    messages = [
+        [{"role": "user", "content": [{"type": "image", "image": scene.image}, {"type": "text", "text": asked.text}]}]
+        for scene, asked in examples
+    ]
+    return processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
+
+
+def encode(model, processor, examples: Sequence[Example]) -> Batch:
+    """Run the towers for a batch of questions, each about a picture of its own."""
+    inputs = prompts(processor, examples).to(model.device)
+    question = model.text_encoder.encode_query(inputs["query_input_ids"], inputs["query_attention_mask"])
+    outputs, saliency, relevance = model.run_clip_tower(
+        inputs["pixel_values"].to(model.dtype), list(range(len(examples))), question, None, None
+    )
+    tower = model.model.vision_tower
+    num_layers = tower.config.num_hidden_layers
+    layer = model.config.vision_feature_layer % (num_layers + 1)
+    attention = tower.encoder.layers[layer - 1].self_attn
+    keys = attention.k_proj(tower.encoder.layers[layer - 1].layer_norm1(outputs.hidden_states[layer - 1][:, 1:]))
+    objects = [None if asked.target is None else scene.objects[asked.target] for scene, asked in examples]
+    names = ["" if item is None else f"a {item.color} {item.shape}" for item in objects]
+    named = processor.tokenize_queries(names)
+    name = model.text_encoder.encode_query(*(torch.tensor(ids, device=model.device) for ids in named.values()))
+    size = tower.config.image_size // tower.config.patch_size
+    boxes = [None if item is None else item.box for item in objects]
+
+    prefix, suffix, starts, answers = _text(model, processor, inputs, [asked.answer for _, asked in examples])
+    return Batch(
+        prefix=prefix.to(model.device),
+        suffix=suffix.to(model.device),
+        starts=starts.to(model.device),
+        answers=answers.to(model.device),
+        patches=outputs.hidden_states[layer][:, 1:],
+        tokens=torch.stack(list(outputs.pooler_output)),
+        keys=keys.unflatten(-1, (attention.num_heads, -1)).mean(-2),
+        saliency=saliency,
+        cosine=-relevance,
+        name_cosine=model.text_encoder(tower.post_layernorm(outputs.hidden_states[num_layers - 1][:, 1:]), name),
+        on_object=object_patches(boxes, size, tower.config.patch_size).to(model.device),
+        grid=(size, size),
+    )
+
+
+def _text(model, processor, inputs, answers: list[str]):
+    """`prefix`, `suffix`, `starts` and `answers` of a [`Batch`], on the CPU."""
+    tokenizer = processor.tokenizer
+    prefixes, suffixes, starts, targets = [], [], [], []
+    for ids, mask, answer in zip(inputs["input_ids"].cpu(), inputs["attention_mask"].cpu(), answers):
+        ids = ids[mask.bool()]
+        places = (ids == model.config.image_token_id).nonzero()[:, 0]
+        prefixes.append(ids[: places[0]])
+        suffix = ids[places[-1] + 1 :]
+        # A word after the prompt is one with a space before it.
+        before, both = tokenizer([":", f": {answer}"], add_special_tokens=False)["input_ids"]
+        target = [*both[len(before) :], tokenizer.eos_token_id]
+        starts.append(len(suffix))
+        suffixes.append(torch.cat([suffix, torch.tensor(target[:-1], dtype=torch.long)]))
+        targets.append(torch.tensor(target))
+    if any(not torch.equal(prefix, prefixes[0]) for prefix in prefixes):
+        raise ValueError("The prompts differ before the picture: the picture must come first in the chat template.")
+    return (
+        prefixes[0],
+        pad_sequence(suffixes, batch_first=True, padding_value=tokenizer.eos_token_id),
+        torch.tensor(starts),
+        pad_sequence(targets, batch_first=True, padding_value=-1),
+    )
+
+
+def object_patches(boxes: Sequence[tuple | None], size: int, patch_size: int) -> torch.Tensor:
+    """Which of `size` x `size` patches a box (left, top, right, bottom) covers at least half: `(boxes, patches)`."""
+    corners = torch.tensor([(0, 0, 0, 0) if box is None else tuple(box) for box in boxes]).float()
+    edges = torch.arange(size) * patch_size
+
+    def shared(low, high):  # of an axis, in pixels: (boxes, size)
+        return (torch.minimum(high, edges + patch_size) - torch.maximum(low, edges)).clamp(min=0)
+
+    left, top, right, bottom = corners[:, :, None].unbind(1)
+    area = shared(top, bottom)[:, :, None] * shared(left, right)[:, None]
+    return (2 * area >= patch_size**2).flatten(1)
+
+
+def select(model, method: Method, batch: Batch, num_kept: int, generator: torch.Generator | None = None) -> Kept:
+    """What a method keeps, as the language model receives it, and the indices."""
+    extra = {name: generator if name == "generator" else getattr(batch, name) for name in method.needs}
+    if method.settings is not None:
+        extra |= _DEFAULTS | method.settings
+    features = batch.patches if method.before_projector else batch.tokens
+    relevance = batch.cosine if method.literal else -batch.cosine
+    kept, indices = method.select(features, batch.saliency, relevance, num_kept, **extra)
+    return model.model.multi_modal_projector(kept) if method.before_projector else kept, indices
+
+
+def is_right(model, batch: Batch, visual: torch.Tensor) -> torch.Tensor:
+    """Whether greedy decoding after these visual tokens `(batch, kept, hidden_size)` gives the answer: `(batch,)`."""
+    embed = model.get_input_embeddings()
+    prefix = embed(batch.prefix).expand(len(visual), -1, -1)
+    embeds = torch.cat([prefix, visual.to(prefix.dtype), embed(batch.suffix)], dim=1)
+    # Attention is causal and padding comes last: no mask is needed.
+    hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    offset = embeds.shape[1] - batch.suffix.shape[1] - 1
+    places = offset + batch.starts[:, None] + torch.arange(batch.answers.shape[1], device=embeds.device)
+    places = places.clamp(max=embeds.shape[1] - 1)
+    hidden = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+    return ((model.lm_head(hidden).argmax(-1) == batch.answers) | (batch.answers < 0)).all(-1)
+
+
+def _priority(saliency, relevance, *, alpha, beta, **_) -> torch.Tensor:
+    """Eq. 3 alone: what the method computes on its way to keep one token."""
+    return select_visual_tokens(saliency[..., None], saliency, relevance, 1, alpha=alpha, beta=beta).priority
+
+
+def focus_sizes(priority: torch.Tensor, num_kept: int, *, rho: float, focus_mass: str, **_) -> torch.Tensor:
+    """Eq. 4, before it is cut to the budget: how many tokens hold the share `rho` of the mass. `(batch,)`."""
+    mass = priority.double().sort(dim=-1, descending=True).values.cumsum(-1)
+    total = mass[:, num_kept - 1 if focus_mass == "budget" else -1, None]
+    return (mass < rho * total).sum(-1) + 1
+
+
+def area_under_curve(scores: torch.Tensor, on_object: torch.Tensor) -> torch.Tensor:
+    """
+    The probability that a patch of the object has a higher score than another patch, ties counted half: `(batch,)`,
+    NaN where all patches are of one sort.
+    """
+    above = (scores[:, :, None] > scores[:, None]) + 0.5 * (scores[:, :, None] == scores[:, None])
+    pairs = on_object[:, :, None] & ~on_object[:, None]
+    return (above * pairs).sum((1, 2)) / pairs.sum((1, 2))
+
+
+# ---------------------------------------------------------------- a run
+
+
+@dataclass
+class Tally:
+    """What is measured of a method at a budget, question by question, in the order of the questions."""
+
+    right: list[torch.Tensor] = field(default_factory=list)
+    recall: list[torch.Tensor] = field(default_factory=list)
+    focus: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
+
+
+def measure(
+    model,
+    processor,
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    seeds: Sequence[int],
+    questions: int,
+    batch_size: int = 128,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """
+    Ask everything, and sum up.
+
+    Args:
+        methods (`list[str]`): Keys of `METHODS`; `"unpruned"` is added if it is missing.
+        budgets (`list[int]`): Tokens to keep.
+        seeds (`list[int]`): Each gives questions of its own.
+        questions (`int`): Number of questions of a seed.
+
+    Returns:
+        `dict[str, Any]`: what is written as JSON, less what the run as a whole adds.
+    """
+    methods = ["unpruned", *(name for name in methods if name != "unpruned")]
+    config = model.config.vision_config
+    num_tokens = (config.image_size // config.patch_size) ** 2
+    tallies: dict[tuple[str, int], Tally] = defaultdict(Tally)
+    areas: dict[str, list[torch.Tensor]] = defaultdict(list)
+    asked: list[tuple[int, str]] = []
+    checked = None
+    bar = tqdm(total=len(seeds) * questions, unit="question", disable=not progress)
+    for seed in seeds:
+        examples = list(held_out_questions(seed, questions, config.image_size))
+        if checked is None:
+            checked = check_generate(model, processor, examples[:40], budgets[len(budgets) // 2])
+        examples.sort(key=lambda example: len(example[1].text))  # of one length, little is padding
+        for first in range(0, questions, batch_size):
+            part = examples[first : first + batch_size]
+            with torch.inference_mode():
+                batch = encode(model, processor, part)
+                for name, scores in _object_scores(batch).items():
+                    areas[name].append(area_under_curve(scores, batch.on_object).cpu())
+                for name in methods:
+                    for budget in [num_tokens] if name == "unpruned" else budgets:
+                        generator = torch.Generator().manual_seed((seed * questions + first) * num_tokens + budget)
+                        _tally(tallies[name, budget], model, METHODS[name], batch, budget, generator)
+            asked += [(seed, question.kind) for _, question in part]
+            bar.update(len(part))
+    bar.close()
+    return {
+        "num_tokens": num_tokens,
+        "questions": questions,
+        "seed": seeds[0],
+        "seeds": list(seeds),
+        "checked": checked,
+        **summarize(tallies, asked, num_tokens),
+        "sign": _summarize_areas(areas, [kind for _, kind in asked]),
+    }
+
+
+def _tally(tally: Tally, model, method: Method, batch: Batch, budget: int, generator) -> None:
+    visual, indices = select(model, method, batch, budget, generator)
+    tally.right.append(is_right(model, batch, visual).cpu())
+    if len(indices):
+        kept = torch.zeros_like(batch.on_object).scatter(1, indices, True)
+        tally.recall.append(((kept & batch.on_object).sum(-1) / batch.on_object.sum(-1)).cpu())
+    if method.has_focus:
+        settings = _DEFAULTS | method.settings
+        relevance = batch.cosine if method.literal else -batch.cosine
+        for name, given in (("with_query", relevance), ("without_query", None)):
+            priority = _priority(batch.saliency, given, **settings)
+            tally.focus[name].append(focus_sizes(priority, budget, **settings).cpu())
+
+
+def _object_scores(batch: Batch) -> dict[str, torch.Tensor]:
+    return {
+        "question": batch.cosine,
+        "name": batch.name_cosine,
+        "saliency": batch.saliency,
+        "priority": _priority(batch.saliency, -batch.cosine, **_DEFAULTS),
+        "priority-literal": _priority(batch.saliency, batch.cosine, **_DEFAULTS),
+    }
+
+
+def check_generate(model, processor, examples: Sequence[Example], budget: int) -> dict[str, int]:
+    """
+    Ask some questions by `generate()`, from pixels, and compare.
+
+    Raises:
+        `RuntimeError`: if more than one verdict in ten differs. (A few may in half precision, where two tokens are
+            all but equally likely and the batch is padded in another way.)
+    """
+    agree = 0
+    with torch.inference_mode():
+        batch = encode(model, processor, examples)
+        inputs = prompts(processor, examples).to(model.device, model.dtype)
+        length = batch.answers.shape[1]
+        num_tokens = batch.tokens.shape[1]
+        for name, kept, options in (
+            ("unpruned", num_tokens, {"fsr_enabled": False}),
+            ("fsr", budget, {"num_visual_tokens": budget}),
+        ):
+            output = model.generate(**inputs, max_new_tokens=length, do_sample=False, **options)
+            texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            visual, _ = select(model, METHODS[name], batch, kept)
+            verdicts = is_right(model, batch, visual).tolist()
+            for text, verdict, (_, question) in zip(texts, verdicts, examples):
+                agree += (text.strip() == question.answer) == verdict
+    if agree < 0.9 * 2 * len(examples):
+        raise RuntimeError(
+            f"Of {2 * len(examples)} answers, generate() gives another verdict on {2 * len(examples) - agree} than "
+            "the pass over the answer's tokens: what is measured is not what a user gets."
+        )
+    return {"answers": 2 * len(examples), "agree": agree}
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def summarize(
+    tallies: dict[tuple[str, int], Tally], asked: Sequence[tuple[int, str]], num_tokens: int
+) -> dict[str, Any]:
+    """`results` and what belongs to them. `asked` has seed and kind of every question."""
+    seeds = sorted({seed for seed, _ in asked})
+    of_seed = {seed: torch.tensor([other == seed for other, _ in asked]) for seed in seeds}
+    of_kind = {kind: torch.tensor([other == kind for _, other in asked]) for kind in KINDS}
+    of_kind = {kind: chosen for kind, chosen in of_kind.items() if chosen.any()}
+    right = {key: torch.cat(tally.right).double() for key, tally in tallies.items()}
+    unpruned = right["unpruned", num_tokens]
+    base = {kind: unpruned[chosen].mean().item() for kind, chosen in of_kind.items()}
+    measured = [kind for kind, accuracy in base.items() if accuracy >= LEAST_ACCURACY]
+
+    results = []
+    for (name, budget), tally in tallies.items():
+        values = right[name, budget]
+        by_kind = {kind: values[chosen].mean().item() for kind, chosen in of_kind.items()}
+        accuracies = [values[of_seed[seed]].mean().item() for seed in seeds]
+        retained = [a / _or_nan(unpruned[of_seed[seed]].mean().item()) for a, seed in zip(accuracies, seeds)]
+        result = {
+            "method": name,
+            "budget": budget,
+            "accuracy": values.mean().item(),
+            "retained": values.mean().item() / _or_nan(unpruned.mean().item()),
+            "by_kind": by_kind,
+            "retained_by_kind": {kind: by_kind[kind] / base[kind] for kind in measured},
+            "by_seed": accuracies,
+            "interval": over_seeds(accuracies) or binomial(int(values.sum()), len(values)),
+            "retained_interval": over_seeds(retained),
+            "binomial_interval": binomial(int(values.sum()), len(values)),
+        }
+        if ("fsr", budget) in right and not name.startswith("unpruned"):
+            result["against_fsr"] = paired(values - right["fsr", budget])
+        if tally.recall:
+            recall = torch.cat(tally.recall)
+            result["object_recall"] = recall[recall.isfinite()].mean().item() if recall.isfinite().any() else None
+        if tally.focus:
+            result["focus"] = {
+                given: _summarize_focus(torch.cat(sizes), budget) for given, sizes in tally.focus.items()
+            }
+        results.append(result)
+    return {
+        "results": _finite(results),
+        "left_out": {kind: accuracy for kind, accuracy in base.items() if kind not in measured},
+    }
+
+
+def _summarize_focus(sizes: torch.Tensor, budget: int) -> dict[str, float]:
+    """Of K_F / K, where K_F is cut to the budget; and the share of questions with no room for Scan."""
+    shares = sizes.clamp(max=budget).double() / budget
+    low, median, high = shares.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.double)).tolist()
+    return {
+        "median": median,
+        "low": low,
+        "high": high,
+        "scan_empty": (sizes >= budget).double().mean().item(),
+        "tokens": sizes.double().median().item(),
+    }
+
+
+def _summarize_areas(areas: dict[str, list[torch.Tensor]], kinds: Sequence[str]) -> dict[str, Any]:
+    result: dict[str, Any] = {"questions": 0, "auc": {}}
+    for name, parts in areas.items():
+        values = torch.cat(parts).double()
+        known = values.isfinite()
+        by_kind = {kind: known & torch.tensor([other == kind for other in kinds]) for kind in KINDS}
+        result["questions"] = int(known.sum())
+        result["auc"][name] = {
+            **paired(values[known]),
+            "by_kind": {kind: values[chosen].mean().item() for kind, chosen in by_kind.items() if chosen.any()},
+        }
+    return _finite(result)
+
+
+# Of Student's distribution, two-sided, 95 %, by degrees of freedom.
+_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def over_seeds(values: Sequence[float]) -> list[float] | None:
+    """The 95 % interval of the mean of a few independent values, or `None` for a single one."""
+    count = len(values)
+    if count < 2:
+        return None
+    mean = sum(values) / count
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
+    half = _STUDENT.get(count - 1, 2.0) * spread
+    return [mean - half, mean + half]
+
+
+def binomial(successes: int, trials: int) -> list[float]:
+    """The 95 % interval of a share, after Wilson."""
+    z = 1.959964
+    share = successes / trials
+    center = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
+    return [center - half, center + half]
+
+
+def paired(values: torch.Tensor) -> dict[str, Any]:
+    """Mean of many independent values, and its 95 % interval."""
+    mean = values.mean().item()
+    half = 1.959964 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return {"mean": mean, "interval": [mean - half, mean + half]}
+
+
+def _or_nan(value: float) -> float:
+    return value or math.nan
+
+
+def _finite(value):
+    """JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse_budgets(text: str, num_tokens: int) -> list[int]:
+    """`"1/9,1/18"` or `"16,8"`: tokens to keep, without repetition."""
+    budgets: dict[int, None] = {}
+    for part in text.split(","):
+        try:
+            value = Fraction(part.strip())
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f"budget {part!r} is neither a number of tokens nor a share such as 1/9.") from None
+        tokens = round(value * num_tokens) if "/" in part else value
+        if tokens != int(tokens) or not 1 <= tokens < num_tokens:
+            raise ValueError(f"budget {part.strip()!r} must keep 1 to {num_tokens - 1} of the {num_tokens} tokens.")
+        budgets[int(tokens)] = None
+    return list(budgets)
+
+
+def parse_methods(text: str) -> list[str]:
+    names = list(METHODS) if text == "all" else [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise ValueError(f"unknown method {', '.join(map(repr, unknown))}; known are {', '.join(METHODS)}.")
+    return list(dict.fromkeys(names))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description="Accuracy of pruned answers, FSR and its peers."
+    )
+    parser.add_argument("--seed", type=int, help="one seed (default: 0)")
+    parser.add_argument("--seeds", help="several seeds, such as 0,1,2, each with questions of its own")
+    parser.add_argument("--questions", type=int, default=2000, help="questions of each seed (default: 2000)")
+    parser.add_argument("--methods", default="all", help=f"of {', '.join(METHODS)} (default: all)")
+    parser.add_argument(
+        "--budgets", default=",".join(BUDGETS), help="numbers of tokens, or shares (default: %(default)s)"
+    )
+    parser.add_argument("--model", help="an FSR folder of the LLaVA-1.5 family (default: the package's own)")
+    parser.add_argument("--batch-size", type=int, default=128, help="questions at a time (default: 128)")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32 (default: the checkpoint's own)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument(
+        "--docs", action="store_true", help="write tables and plot of docs/quality.md from --json; no run"
+    )
+    options = parser.parse_args(arguments)
+    if options.docs:
+        from benchmarks.quality_page import write_page
+
+        if options.json is None or not options.json.is_file():
+            parser.error("--docs needs --json FILE, with the results of a run.")
+        write_page(json.loads(options.json.read_text(encoding="utf-8")))
+        return
+
+    try:
+        methods = parse_methods(options.methods)
+        if options.seed is not None and options.seeds is not None:
+            raise ValueError("give --seed or --seeds, not both.")
+        seeds = [int(seed) for seed in (options.seeds or str(options.seed or 0)).split(",")]
+        if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds must differ and be at least 0, and are {seeds}.")
+        if options.questions < len(KINDS) or options.batch_size < 1:
+            raise ValueError(
+                f"--questions must be at least {len(KINDS)}, one of each kind, and --batch-size at least 1."
+            )
+        if options.dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"--dtype {options.dtype} must be auto, bfloat16 or float32.")
+        if options.json is not None and not options.json.absolute().parent.is_dir():
+            raise ValueError(f"--json {options.json}: there is no folder {options.json.absolute().parent}.")
+        folder = options.model
+        if folder is None:
+            from fsr_hf.demo import shapes_vqa_folder
+
+            folder = shapes_vqa_folder()
+        vision = FSRLlavaConfig.from_pretrained(folder).vision_config
+        budgets = parse_budgets(options.budgets, (vision.image_size // vision.patch_size) ** 2)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+    logging.disable_progress_bar()
+    started = time.perf_counter()
+    model, processor = load(folder, options.dtype, options.device)
+    result = measure(
+        model, processor, methods, budgets, seeds, options.questions, options.batch_size, progress=sys.stderr.isatty()
+    )
+    result |= {
+        "model": Path(folder).name,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": options.device,
+        "num_threads": torch.get_num_threads(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "versions": package_versions(),
+        "machine": machine_name(),
+    }
+    for line in report(result):
+        print(line)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def report(result: dict[str, Any]) -> Iterator[str]:
+    """The accuracies as a table: a line for each method, a column for each budget."""
+    budgets = list(dict.fromkeys(row["budget"] for row in result["results"]))
+    rows: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in result["results"]:
+        rows[row["method"]][row["budget"]] = row["accuracy"]
+    yield f"{'tokens kept':24}" + "".join(f"{budget:>8}" for budget in budgets)
+    for name, values in rows.items():
+        cells = (f"{values[budget]:8.1%}" if budget in values else " " * 8 for budget in budgets)
+        yield f"{name:24}" + "".join(cells)
+    yield (
+        f"{len(result['seeds'])} x {result['questions']} questions, {result['model']} in {result['dtype']}, "
+        f"{result['seconds']:.0f} s on {result['machine']}, {result['num_threads']} threads; generate() agrees on "
+        f"{result['checked']['agree']} of {result['checked']['answers']} answers."
+    )
+
+
+if __name__ == "__main__":
+    main()

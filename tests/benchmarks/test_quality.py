@@ -1,0 +1,377 @@
+"""The quality benchmark: its verdicts are those of `generate()`, its statistics those of another computation."""
+
+import copy
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import quality, quality_page
+from benchmarks.quality import METHODS, Tally
+from examples.shapes_vqa.data import KINDS, held_out_questions
+from fsr_hf import FSRConfig, select_visual_tokens
+from fsr_hf.demo.small_families import export_small_model
+
+
+NUM_TOKENS = 576
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return export_small_model("fsr_llava", tmp_path_factory.mktemp("quality") / "llava")
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return list(held_out_questions(3, 15, 336))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder, examples):
+    model, processor = quality.load(folder, "float32")
+    # As it is saved, this model never ends. Now most of its answers end after a word or two.
+    output = model.generate(
+        **quality.prompts(processor, examples),
+        max_new_tokens=4,
+        do_sample=False,
+        output_hidden_states=True,
+        return_dict_in_generate=True,
+    )
+    states = [step[-1][:, -1] for step in output.hidden_states]  # of the last layer, at the last place
+    direction = torch.cat(states[2:]).mean(0) - states[0].mean(0)
+    with torch.no_grad():
+        length = 3 * model.lm_head.weight.norm(dim=-1).max() / direction.norm()
+        model.lm_head.weight[processor.tokenizer.eos_token_id] = length * direction
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def batch(loaded, examples):
+    with torch.inference_mode():
+        return quality.encode(*loaded, examples)
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    ("name", "num_kept", "options"),
+    [
+        ("unpruned", NUM_TOKENS, {"fsr_enabled": False}),
+        ("fsr", 64, {"num_visual_tokens": 64}),
+        ("fsr", 7, {"num_visual_tokens": 7}),
+    ],
+)
+def test_a_verdict_is_that_of_generate(loaded, examples, name, num_kept, options):
+    model, processor = loaded
+    eos = processor.tokenizer.eos_token_id
+    rewritten, expected = [], []
+    for number, (scene, question) in enumerate(examples):
+        inputs = quality.prompts(processor, [(scene, question)])
+        output = model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)[0]
+        new = output[inputs["input_ids"].shape[1] :].tolist()
+        answer = processor.decode(new, skip_special_tokens=True).strip()
+        if not answer:
+            continue
+        if number % 5 == 4:
+            answer = f"{answer} red"
+        elif number % 5 == 3:
+            answer = answer.split()[0]
+        question = copy.copy(question)
+        object.__setattr__(question, "answer", answer)
+        rewritten.append((scene, question))
+        whole = answer == processor.decode(new, skip_special_tokens=True).strip()
+        expected.append(whole and new[-1] == eos)
+    assert 3 <= sum(expected) <= len(expected) - 3
+    with torch.inference_mode():
+        batch = quality.encode(model, processor, rewritten)
+        visual, _ = quality.select(model, METHODS[name], batch, num_kept)
+        assert quality.is_right(model, batch, visual).tolist() == expected
+
+
+def test_fsr_selects_as_the_model_does(loaded, examples, batch):
+    model, processor = loaded
+    inputs = quality.prompts(processor, examples)
+    output = model.generate(
+        **inputs, max_new_tokens=1, num_visual_tokens=40, output_visual_selection=True, return_dict_in_generate=True
+    )
+    visual, indices = quality.select(model, METHODS["fsr"], batch, 40)
+    for selection, chosen, features in zip(output.visual_selections, indices, visual):
+        assert torch.equal(selection.indices, chosen)
+        torch.testing.assert_close(selection.features, features)
+
+
+def test_a_run_stops_where_generate_disagrees(loaded, examples, monkeypatch):
+    monkeypatch.setattr(quality, "is_right", lambda model, batch, visual: torch.ones(len(visual), dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="another verdict on 30"):
+        quality.check_generate(*loaded, examples, 64)
+
+
+def test_batch(loaded, examples, batch):
+    model, processor = loaded
+    decode = processor.tokenizer.decode
+    for row, (_, question) in enumerate(examples):
+        answer = batch.answers[row][batch.answers[row] >= 0]
+        assert answer[-1] == processor.tokenizer.eos_token_id
+        start = batch.starts[row]
+        assert decode(batch.suffix[row, :start]).strip() == f"{question.text} ASSISTANT:"
+        assert torch.equal(batch.suffix[row, start : start + len(answer) - 1], answer[:-1])
+        assert decode(answer[:-1]).strip() == question.answer
+    assert decode(batch.prefix).strip() == "USER:"
+
+    # One picture by the modules of the tower, with its attention maps.
+    tower = copy.deepcopy(model.model.vision_tower)
+    tower.set_attn_implementation("eager")
+    pixels = quality.prompts(processor, examples[:1])["pixel_values"]
+    with torch.no_grad():
+        output = tower(pixels, output_hidden_states=True, output_attentions=True)
+        patches = output.hidden_states[-2][:, 1:]
+        torch.testing.assert_close(batch.patches[:1], patches)
+        torch.testing.assert_close(batch.tokens[:1], model.model.multi_modal_projector(patches))
+        torch.testing.assert_close(batch.saliency[0], output.attentions[-2][0, :, 0, 1:].mean(0))
+        block = tower.encoder.layers[-2]
+        keys = block.self_attn.k_proj(block.layer_norm1(output.hidden_states[-3]))[0, 1:]
+        torch.testing.assert_close(batch.keys[0], keys.view(NUM_TOKENS, block.self_attn.num_heads, -1).mean(1))
+        clip = model.text_encoder
+        joint = clip.visual_projection(tower.post_layernorm(patches[0]))
+        ids = processor.query_tokenizer(examples[0][1].text, return_tensors="pt")["input_ids"]
+        text = clip.text_projection(clip.text_model(ids).pooler_output)[0]
+        torch.testing.assert_close(batch.cosine[0], torch.cosine_similarity(joint, text, dim=-1))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "unpruned"])
+def test_every_method_keeps_what_it_is_asked_for(loaded, batch, name):
+    generator = torch.Generator().manual_seed(0)
+    visual, indices = quality.select(loaded[0], METHODS[name], batch, 20, generator)
+    assert visual.shape == (15, 20, batch.tokens.shape[2]) and indices.shape == (15, 20)
+    settings = METHODS[name].settings
+    if settings is None and name != "visionzip":
+        kept = torch.stack([tokens[chosen] for tokens, chosen in zip(batch.tokens, indices)])
+        torch.testing.assert_close(visual, kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("fsr", {}),
+        ("fsr-alpha0", {"alpha": 0}),
+        ("fsr-beta0", {"beta": 0}),
+        ("fsr-no-refine", {"kappa": 0}),
+        ("fsr-kappa5", {"kappa": 5}),
+        ("fsr-rho0.5", {"rho": 0.5}),
+        ("fsr-rho0.7", {"rho": 0.7}),
+        ("fsr-mass-budget", {"focus_mass": "budget"}),
+    ],
+)
+def test_variants_of_fsr(loaded, batch, name, settings):
+    expected = select_visual_tokens(batch.tokens, batch.saliency, -batch.cosine, 20, **settings)
+    visual, indices = quality.select(loaded[0], METHODS[name], batch, 20)
+    assert torch.equal(indices, expected.indices) and torch.equal(visual, expected.features)
+
+
+def test_other_variants_of_fsr(loaded, batch):
+    model = loaded[0]
+    expected = select_visual_tokens(batch.tokens, batch.saliency, batch.cosine, 20)
+    assert torch.equal(quality.select(model, METHODS["fsr-literal"], batch, 20)[1], expected.indices)
+
+    expected = select_visual_tokens(batch.patches, batch.saliency, -batch.cosine, 20)
+    visual, indices = quality.select(model, METHODS["fsr-before-projector"], batch, 20)
+    assert torch.equal(indices, expected.indices)
+    torch.testing.assert_close(visual, model.model.multi_modal_projector(expected.features))
+
+    priority = select_visual_tokens(batch.tokens, batch.saliency, -batch.cosine, 20).priority.numpy()
+    top = np.sort(np.argsort(-priority, axis=1, kind="stable")[:, :20], axis=1)
+    assert quality.select(model, METHODS["fsr-no-scan"], batch, 20)[1].tolist() == top.tolist()
+
+
+def test_the_model_has_the_defaults(loaded):
+    config = loaded[0].config.fsr_config
+    assert all(getattr(config, name) == getattr(FSRConfig(), name) for name in ("alpha", "rho", "invert_relevance"))
+
+
+# ---------------------------------------------------------------- measures
+
+
+def test_object_patches():
+    generator = np.random.default_rng(0)
+    boxes = [
+        tuple(sorted(generator.integers(0, 61, 2))) + tuple(sorted(generator.integers(0, 61, 2))) for _ in range(20)
+    ]
+    boxes = [(left, top, right, bottom) for left, right, top, bottom in boxes]
+    found = quality.object_patches([*boxes, None], 5, 12)
+    assert found.shape == (21, 25) and not found[-1].any()
+    for (left, top, right, bottom), row in zip(boxes, found):
+        pixels = np.zeros((60, 60), dtype=bool)
+        pixels[top:bottom, left:right] = True
+        share = pixels.reshape(5, 12, 5, 12).mean((1, 3)).flatten()
+        assert row.tolist() == (share >= 0.5).tolist()
+
+
+@pytest.mark.parametrize("mass", ["all", "budget"])
+@pytest.mark.parametrize("rho", [0.5, 0.9, 1.0])
+def test_focus_sizes(rho, mass):
+    generator = torch.Generator().manual_seed(0)
+    features, saliency = torch.randn(20, 50, 6, generator=generator), torch.rand(20, 50, generator=generator) ** 6
+    relevance = torch.randn(20, 50, generator=generator)
+    for num_kept in (1, 10, 49):
+        selection = select_visual_tokens(features, saliency, relevance, num_kept, rho=rho, focus_mass=mass)
+        sizes = quality.focus_sizes(selection.priority, num_kept, rho=rho, focus_mass=mass)
+        assert torch.equal(sizes.clamp(max=num_kept), selection.is_focus.sum(-1))
+
+
+def test_area_under_curve():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 6, (4, 30), generator=generator).float()
+    on_object = torch.rand(4, 30, generator=generator) < 0.3
+    on_object[3] = False
+    areas = quality.area_under_curve(scores, on_object).tolist()
+    for row, inside, area in zip(scores.tolist()[:3], on_object.tolist(), areas):
+        ones, others = ([s for s, i in zip(row, inside) if i == side] for side in (True, False))
+        wins = [1.0 if one > other else 0.5 if one == other else 0.0 for one in ones for other in others]
+        assert area == pytest.approx(sum(wins) / len(wins))
+    assert np.isnan(areas[3])
+
+
+def test_intervals():
+    # Wilson's for 8 of 10, Student's with two degrees of freedom, and that of a mean, from tables.
+    assert quality.binomial(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
+    assert quality.binomial(0, 10)[0] == pytest.approx(0, abs=1e-12)
+    assert quality.over_seeds([0.7, 0.8, 0.9]) == pytest.approx([0.8 - 0.24841, 0.8 + 0.24841], abs=1e-4)
+    assert quality.over_seeds([0.7]) is None
+    values = quality.paired(torch.tensor([1.0, 0.0, -1.0, 1.0]).double())
+    assert values["mean"] == 0.25
+    assert values["interval"] == pytest.approx([0.25 - 0.93833, 0.25 + 0.93833], abs=1e-4)
+
+
+def test_summary():
+    asked = [(seed, kind) for seed in (4, 9) for kind in KINDS for _ in range(10)]
+
+    def right(*numbers):  # of ten questions of each kind, for each seed
+        return [torch.tensor([position < number for number in numbers * 2 for position in range(10)])]
+
+    tallies = {
+        ("unpruned", 144): Tally(right(10, 8, 10, 5, 10)),
+        ("fsr", 16): Tally(right(10, 4, 9, 1, 8), [torch.tensor([0.5, np.nan, 1.0])]),
+        ("random", 16): Tally(right(5, 4, 9, 1, 8)),
+    }
+    tallies["fsr", 16].focus = {"with_query": [torch.tensor([4, 4, 8, 16, 40])]}
+    summary = quality.summarize(tallies, asked, 144)
+    unpruned, fsr, random = summary["results"]
+    assert unpruned["accuracy"] == pytest.approx(43 / 50) and unpruned["retained"] == 1
+    assert "against_fsr" not in unpruned and unpruned["budget"] == 144
+    assert fsr["accuracy"] == pytest.approx(32 / 50) and fsr["retained"] == pytest.approx(32 / 43)
+    assert fsr["by_kind"] == pytest.approx(dict(zip(KINDS, (1.0, 0.4, 0.9, 0.1, 0.8))))
+    assert fsr["by_seed"] == pytest.approx([0.64, 0.64]) and fsr["interval"] == pytest.approx([0.64, 0.64])
+    assert summary["left_out"] == pytest.approx({"relation": 0.5})
+    kinds = ("attribute", "existence", "counting", "reading")
+    assert fsr["retained_by_kind"] == pytest.approx(dict(zip(kinds, (1.0, 0.5, 0.9, 0.8))))
+    assert fsr["object_recall"] == pytest.approx(0.75) and "object_recall" not in random
+    assert fsr["focus"]["with_query"] == pytest.approx(
+        {"median": 0.5, "low": 0.25, "high": 1.0, "scan_empty": 0.4, "tokens": 8}
+    )
+    difference = random["against_fsr"]
+    assert difference["mean"] == pytest.approx(-0.1)
+    assert difference["interval"][0] == pytest.approx(-0.1 - 1.959964 * 0.3015113 / 10, abs=1e-5)
+
+
+# ---------------------------------------------------------------- command line and page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "fsr,nothing"], "unknown method 'nothing'; known are unpruned, random"),
+        (["--budgets", "half"], "budget 'half' is neither"),
+        (["--budgets", "0"], "budget '0' must keep 1 to 575 of the 576 tokens"),
+        (["--budgets", "8,576"], "budget '576' must keep 1 to 575"),
+        (["--budgets", "1/2000"], "budget '1/2000' must keep"),
+        (["--seed", "1", "--seeds", "1,2"], "give --seed or --seeds"),
+        (["--seeds", "1,1"], "seeds must differ"),
+        (["--seed", "-1"], "seeds must differ and be at least 0"),
+        (["--questions", "3"], "--questions must be at least 5"),
+        (["--dtype", "int8"], "--dtype int8 must be"),
+        (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--docs"], "--docs needs --json"),
+    ],
+)
+def test_refused_before_any_work(folder, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(quality, "load", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit) as error:
+        quality.main(["--model", str(folder), *arguments])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_budgets():
+    assert quality.parse_budgets("1/3,2/9,1/9,1/18", 576) == [192, 128, 64, 32]
+    assert quality.parse_budgets(",".join(quality.BUDGETS), 144) == [48, 32, 16, 8]
+    assert quality.parse_budgets("48, 1/3,7", 144) == [48, 7]
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):
+    """A whole run of few questions, twice, the second time in other batches."""
+    results = []
+    for batch_size in ("4", "10"):
+        file = tmp_path_factory.mktemp("run") / "quality.json"
+        options = ["--seeds", "0,2", "--questions", "10", "--budgets", "1/9,8", "--dtype", "float32"]
+        quality.main([*options, "--model", str(folder), "--batch-size", batch_size, "--json", str(file)])
+        results.append(json.loads(file.read_text(encoding="utf-8")))
+    return results
+
+
+def test_a_run(runs):
+    result = runs[0]
+    assert result["num_tokens"] == NUM_TOKENS and result["questions"] == 10
+    assert result["seed"] == 0 and result["seeds"] == [0, 2]
+    assert {"fsr-hf", "python", "torch", "transformers"} <= result["versions"].keys() and result["machine"]
+    assert result["checked"] == {"answers": 20, "agree": 20}
+    keys = [(row["method"], row["budget"]) for row in result["results"]]
+    others = [(name, budget) for name in METHODS if name != "unpruned" for budget in (64, 8)]
+    assert sorted(keys) == sorted([("unpruned", NUM_TOKENS), *others])
+    for row in result["results"]:
+        assert {"accuracy", "retained", "by_kind", "interval"} <= row.keys()
+        assert set(row["by_kind"]) == set(KINDS)
+        assert ("focus" in row) == METHODS[row["method"]].has_focus
+    assert result["left_out"].keys() == set(KINDS)  # the model is random
+    assert set(result["sign"]["auc"]) == {"question", "name", "saliency", "priority", "priority-literal"}
+
+
+def test_batches_do_not_matter(runs):
+    first, second = runs
+    areas = [{name: area["mean"] for name, area in run["sign"]["auc"].items()} for run in runs]
+    assert areas[0] == pytest.approx(areas[1], abs=1e-3)
+    for row, other in zip(first["results"], second["results"]):
+        if row["method"] != "random":  # a set for each batch
+            assert row["accuracy"] == other["accuracy"] and row.get("focus") == other.get("focus")
+
+
+def test_page(runs, tmp_path):
+    page = tmp_path / "quality.md"
+    shutil.copy(quality_page.DOCS / "quality.md", page)
+    words = re.compile(r"<!-- generated: \S+ -->\n.*?<!-- end -->", re.DOTALL)
+    before = words.split(page.read_text(encoding="utf-8"))
+    quality_page.write_page(runs[0], page)
+    text = page.read_text(encoding="utf-8")
+    assert words.split(text) == before
+    quality_page.write_page(runs[0], page)
+    assert page.read_text(encoding="utf-8") == text
+
+    row = next(row for row in runs[0]["results"] if row["method"] == "fsr" and row["budget"] == 64)
+    assert f"| FSR | {row['accuracy']:.1%} ± " in text
+    assert "| Unpruned | " in text and "Left out" in text
+    plot = tmp_path / "quality.webp"
+    assert plot.stat().st_size < 100_000
+    assert Image.open(plot).width >= 800
+
+
+def test_the_page_names_every_block(tmp_path, runs):
+    page = tmp_path / "quality.md"
+    page.write_text("<!-- generated: setup -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="must have each of these blocks once"):
+        quality_page.write_page(runs[0], page)
