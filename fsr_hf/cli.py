@@ -250,6 +250,78 @@ def explain(
     )
 
 
+@app.command()
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="FSR checkpoint: a folder or a Hub id.  [default: a small LLaVA of random weights]"),
+    ] = None,
+    budgets: Annotated[
+        str, typer.Option(help="Visual tokens to keep of the image or video (64), or shares (0.25), with commas.")
+    ] = "0.5,0.2,0.1",
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Rows of the prompt. May be given again.  [default: 1]")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Image file, or a video.  [default: noise]")] = None,
+    question: Annotated[str, typer.Option(help="What to ask.")] = "What is in it?",
+    image_size: Annotated[str, typer.Option(help="Width and height of the noise.")] = "672x672",
+    num_frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="Take a video of so many frames.  [default: 32 for LLaVA-Video, else a picture]"),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...  [default: a GPU if there is one]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16.  [default: the checkpoint's]")
+    ] = None,
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="eager, sdpa, flash_attention_2, ...  [default: the model's]")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each method runs; times are medians.")] = 5,
+    new_tokens: Annotated[int, typer.Option(min=0, help="Tokens to decode after each prompt.")] = 8,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write all numbers to.")] = None,
+) -> None:
+    """
+    Measure what pruning saves and costs: FLOPs, prefill, decoding, KV cache, memory, and the stages of FSR.
+
+    Unpruned, pruned by FSR and pruned at random run in turn. Random tokens need no scores, so that is the least that
+    any pruning costs. Without MODEL nothing is downloaded, and it takes about a minute on two cores.
+
+    \b
+    Examples:
+      fsr-hf bench
+      fsr-hf bench ./llava-1.5-7b-fsr --budgets 192,128,64 --batch-size 1 --batch-size 16 --dtype bfloat16
+      fsr-hf bench ./qwen2.5-vl-7b-fsr --image-size 2048x2048 --budgets 0.5,0.1 --json qwen.json
+      fsr-hf bench ./llava-video-7b-fsr --image clip.mp4 --num-frames 64
+    """
+    from .bench import parse_budgets, parse_size, run_bench
+
+    if image is not None and not image.is_file():
+        _fail(f"there is no file {image}", code=2)
+    try:
+        numbers, size = parse_budgets(budgets), parse_size(image_size)
+    except ValueError as error:
+        _fail(error, code=2)
+    try:
+        run_bench(
+            model,
+            budgets=numbers,
+            batch_sizes=batch_size or [1],
+            image=image,
+            question=question,
+            image_size=size,
+            num_frames=num_frames,
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            repeats=repeats,
+            new_tokens=new_tokens,
+            json_file=json_file,
+            echo=typer.echo,
+        )
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        _fail(error)
+
+
 def _hub_errors() -> tuple[type[Exception], ...]:
     """What ends a command that talks to the Hub; a lost connection is an error of the client's HTTP library."""
     from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError

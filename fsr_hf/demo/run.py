@@ -22,7 +22,7 @@ from ..machine import machine_name
 from .small_llava import SmallLlava, save_small_llava
 
 
-__all__ = ["PHOTOGRAPHS", "run_demo"]
+__all__ = ["PHOTOGRAPHS", "export_small_llava", "run_demo"]
 
 # Photographs in the public domain or under CC0 that scikit-image brings along, and what is asked about each.
 PHOTOGRAPHS = {
@@ -83,7 +83,7 @@ def run_demo(
         folder = model
         if folder is None:
             echo("Building a small LLaVA-1.5 of random weights, and exporting it with FSR ...")
-            folder = str(_build(root, size, keep))
+            folder = str(export_small_llava(root, size, keep))
             environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "home")}  # no network, and no traces
         request = {
             "folder": folder,
@@ -114,7 +114,8 @@ def _find_photographs() -> list[Path]:
     return [Path(spec.origin).parent / "data" / name for name in PHOTOGRAPHS]
 
 
-def _build(root: Path, size: SmallLlava | None, keep: str | os.PathLike | None) -> Path:
+def export_small_llava(root: Path, size: SmallLlava | None = None, keep: str | os.PathLike | None = None) -> Path:
+    """Build the small LLaVA in folders of `root`, and export it, to `keep` if that is named; the exported folder."""
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
