@@ -3,12 +3,15 @@
 The method of "Focus-Scan-Refine: From Human Visual Perception to Efficient Visual Token Pruning" (arXiv 2602.05809),
 on tensors alone. Equations 1 and 2, saliency and relevance, depend on the model and are arguments here; equations 3 to
 9 follow below in the paper's order. Every shape is known before any value is, so nothing waits for the device and the
-whole batch is computed at once.
+whole batch is computed at once. Where the time goes, into equations 5 and 8, the CPU and NVIDIA's GPUs have code of
+their own, which selects the same.
 """
 
 from dataclasses import dataclass
 
 import torch
+
+from .host_scan import is_on_host, scan_on_host
 
 
 __all__ = ["VisualSelection", "select_visual_tokens"]
@@ -129,13 +132,12 @@ def select_visual_tokens(
     with torch.autocast(autocast_device, enabled=False):
         with torch.no_grad():
             priority = _priority(saliency, relevance, mask, alpha, beta)
-            cosines = _Cosines(features)
-            focus = _focus(priority, mask, budgets, width, rho, focus_mass)
-            anchors = _scan(cosines, mask, focus, budgets)
+            focus, num_focus = _focus(priority, mask, budgets, width, rho, focus_mass)
+            anchors, nearest, similarity = _scan(features, mask, focus, budgets - num_focus)
             kept, source = torch.cat([focus, anchors], dim=1).sort(dim=1)
             kept, source = kept[:, :width], source[:, :width]
             is_focus = (kept < num_tokens) & (source < width)
-        refined, merged_into = _refine(features, cosines, priority, mask, kept, is_focus, kappa)
+        refined, merged_into = _refine(features, priority, mask, kept, is_focus, nearest, similarity, kappa)
     return VisualSelection(
         indices=kept.masked_fill(kept == num_tokens, -1),
         is_focus=is_focus,
@@ -169,7 +171,8 @@ def _focus(priority, mask, budgets, width, rho, focus_mass):
     """
     Eq. 4: the fewest tokens of highest priority that hold the share `rho` of the mass, but no more than the budget.
 
-    Returns their positions by descending priority, `(batch, width)`, filled up with `num_tokens`.
+    Returns their positions by descending priority, `(batch, width)`, filled up with `num_tokens`; and their numbers,
+    `(batch,)`.
     """
     num_tokens = mask.shape[1]
     order = priority.masked_fill(~mask, -1.0).argsort(dim=-1, descending=True, stable=True)
@@ -180,9 +183,62 @@ def _focus(priority, mask, budgets, width, rho, focus_mass):
     counts = torch.arange(1, num_tokens + 1, device=mask.device)
     num_focus = counts.expand_as(mass).masked_fill(mass < rho * total, num_tokens).amin(-1)
     num_focus = torch.minimum(num_focus, budgets)
-    return order[:, :width].masked_fill(counts[:width] > num_focus[:, None], num_tokens)
+    return order[:, :width].masked_fill(counts[:width] > num_focus[:, None], num_tokens), num_focus
 
 
+def _scan(features, mask, focus, num_anchors):
+    """
+    Eq. 5: from the Focus tokens on, add again and again the token that is farthest from all that were chosen.
+
+    Greedy k-center with fixed centres, so the farthest token is at most twice as far from its nearest kept token as
+    in the best choice of anchors, in the metric sqrt(1 - cos) (Eqs. 6 and 7).
+
+    Returns the positions of the anchors in the order of their choice, `(batch, width - 1)`, filled up with
+    `num_tokens`; and what [`_nearest_anchor`] does.
+    """
+    if is_on_host(features):
+        return scan_on_host(features, mask, focus, num_anchors)
+    cosines = _Cosines(features)
+    num_tokens, width = mask.shape[1], focus.shape[1]
+    # Cosine of each token to the closest one chosen so far; infinity takes a token out of the choice.
+    closest = torch.full_like(mask, -1.0, dtype=torch.float32)
+    for block in focus.split(_BLOCK, dim=1):
+        rows = cosines.rows(block.clamp(max=num_tokens - 1)).masked_fill(block[..., None] == num_tokens, -1.0)
+        closest = torch.maximum(closest, rows.amax(1))
+    closest = closest.masked_fill(~_without(mask, focus), torch.inf)
+    anchors = [focus[:, :0]]
+    for _ in range(width - 1):
+        anchor = closest.argmin(-1, keepdim=True)  # the first of equal ones, on every device
+        closest = torch.maximum(closest, cosines.rows(anchor).squeeze(1)).scatter_(1, anchor, torch.inf)
+        anchors.append(anchor)
+    # No choice depends on a later one, so a row with room for fewer anchors takes the first of them.
+    counts = torch.arange(1, width, device=mask.device)
+    anchors = torch.cat(anchors, dim=1).masked_fill(counts > num_anchors[:, None], num_tokens)
+    return anchors, *_nearest_anchor(cosines, anchors)
+
+
+def _nearest_anchor(cosines, anchors):
+    """
+    Eq. 8: the anchor that is most similar to each token, `(batch, num_tokens)`, and its cosine, -inf if there is none
+    or one of both is not finite.
+    """
+    nearest = anchors.new_full(cosines.finite.shape, -1)
+    similarity = torch.full_like(cosines.finite, -torch.inf, dtype=torch.float32)
+    anchors = anchors.sort(dim=1).values
+    for start in range(0, anchors.shape[1], _BLOCK):
+        block = anchors[:, start : start + _BLOCK]
+        tokens = block.clamp(max=cosines.finite.shape[1] - 1)
+        absorbs = (tokens == block) & cosines.finite.gather(1, tokens)
+        rows = cosines.rows(tokens).masked_fill(~absorbs[..., None], -torch.inf)  # (batch, block, num_tokens)
+        is_closer = rows.amax(1) > similarity
+        # Among equal ones the first, which is the lower index, on every device.
+        nearest = torch.where(is_closer, tokens.gather(1, rows.argmax(1)), nearest)
+        similarity = torch.where(is_closer, rows.amax(1), similarity)
+    return nearest, similarity.masked_fill(~cosines.finite, -torch.inf)
+
+
+# Tokens whose cosines to all are in memory at once.
+_BLOCK = 512
 # Rows of a matrix product that every library computes alike.
 _TILE = 64
 
@@ -224,80 +280,63 @@ def _without(mask, tokens):
     return torch.nn.functional.pad(mask, (0, 1)).scatter(1, tokens, False)[:, :-1]
 
 
-def _scan(cosines, mask, focus, budgets):
+def _refine(features, priority, mask, kept, is_focus, nearest, similarity, kappa):
     """
-    Eq. 5: from the Focus tokens on, add again and again the token that is farthest from all that were chosen.
+    Eq. 9: of the tokens not kept, those most similar to an anchor are merged into the one that is nearest (Eq. 8).
 
-    Greedy k-center with fixed centres, so the farthest token is at most twice as far from its nearest kept token as
-    in the best choice of anchors, in the metric sqrt(1 - cos) (Eqs. 6 and 7).
-
-    Returns the positions of the anchors in the order of their choice, `(batch, width - 1)`, filled up with
-    `num_tokens`.
-    """
-    num_tokens, width = mask.shape[1], focus.shape[1]
-    is_focus = focus < num_tokens
-    # Cosine of each token to the closest one chosen so far; infinity takes a token out of the choice.
-    closest = cosines.rows(focus.clamp(max=num_tokens - 1)).masked_fill(~is_focus[..., None], -torch.inf).amax(1)
-    closest = closest.masked_fill(~_without(mask, focus), torch.inf)
-    anchors = [focus[:, :0]]
-    for _ in range(width - 1):
-        anchor = closest.argmin(-1, keepdim=True)  # the first of equal ones, on every device
-        closest = torch.maximum(closest, cosines.rows(anchor).squeeze(1)).scatter_(1, anchor, torch.inf)
-        anchors.append(anchor)
-    # No choice depends on a later one, so a row with room for fewer anchors takes the first of them.
-    num_anchors = budgets - is_focus.sum(-1)
-    counts = torch.arange(1, width, device=mask.device)
-    return torch.cat(anchors, dim=1).masked_fill(counts > num_anchors[:, None], num_tokens)
-
-
-def _refine(features, cosines, priority, mask, kept, is_focus, kappa):
-    """
-    Eqs. 8 and 9: of the tokens not kept, those most similar to an anchor are merged into it.
-
-    Applied over all tokens that an anchor absorbs, the update of Eq. 9 is their mean, weighted by priority.
+    Applied over all tokens that an anchor absorbs, the update is their mean, weighted by priority.
 
     Returns the kept tokens after Refine, `(batch, width, hidden_size)`, and the anchor of each token or -1,
     `(batch, num_tokens)`.
     """
     num_tokens, width = mask.shape[1], kept.shape[1]
-    is_kept, is_dropped = kept < num_tokens, _without(mask, kept)
-    kept = kept.clamp(max=num_tokens - 1)
-    refined = _take(features, kept).masked_fill(~is_kept[..., None], 0.0)
-    merged_into = torch.full_like(mask, -1, dtype=torch.long)
+    is_kept = kept < num_tokens
+    can_merge = _without(mask, kept) & (similarity > -torch.inf)
+    refined = _take(features, kept.clamp(max=num_tokens - 1)).masked_fill(~is_kept[..., None], 0.0)
+    merged_into = torch.full_like(nearest, -1)
     # The most that a row can merge: one of the kept tokens is a Focus token.
     num_candidates = min(int(kappa * (width - 1) + 1e-6), num_tokens - 1)
     if num_candidates == 0:
         return refined, merged_into
 
-    is_anchor = is_kept & ~is_focus
-    absorbs = is_anchor & cosines.finite.gather(1, kept)
-    similarity = cosines.rows(kept).masked_fill(~absorbs[..., None], -torch.inf)  # (batch, width, num_tokens)
-    slot = similarity.argmax(1)  # the first of equal ones, on every device
-    similarity = similarity.amax(1)
-
-    can_merge = is_dropped & cosines.finite & similarity.isfinite()
     order = similarity.masked_fill(~can_merge, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     candidates = order[:, :num_candidates]
-    slot = slot.gather(1, candidates)
     # float32 would be off by more than the slack.
     dtype = torch.float32 if mask.device.type == "mps" else torch.float64
-    num_merged = (kappa * is_anchor.sum(-1, keepdim=True).to(dtype) + 1e-6).floor()
+    num_merged = (kappa * (is_kept & ~is_focus).sum(-1, keepdim=True).to(dtype) + 1e-6).floor()
     is_merged = torch.arange(num_candidates, device=mask.device) < num_merged
     is_merged = is_merged & can_merge.gather(1, candidates)
-    merged_into = merged_into.scatter(1, candidates, kept.gather(1, slot).masked_fill(~is_merged, -1))
+    anchor = nearest.gather(1, candidates)
+    merged_into = merged_into.scatter(1, candidates, anchor.masked_fill(~is_merged, -1))
 
-    # (batch, width, num_candidates): what each kept token absorbs, and its weight
-    absorbed = (slot[:, None] == torch.arange(width, device=mask.device)[:, None]) & is_merged[:, None]
-    weights = absorbed * priority.gather(1, candidates)[:, None]
-    own_weight = priority.gather(1, kept)[..., None]
-    total = own_weight + weights.sum(-1, keepdim=True)
-    changed = absorbed.any(-1, keepdim=True) & (total > 0)
+    slot = torch.searchsorted(kept.contiguous(), anchor).masked_fill(
+        ~is_merged, width
+    )  # where it goes; `width`: nowhere
+    weight = priority.gather(1, candidates).masked_fill(~is_merged, 0.0)[..., None]
+    own_weight = priority.gather(1, kept.clamp(max=num_tokens - 1))[..., None]
+    total = own_weight + _sum_by_slot(weight, slot, width)
+    absorbs = torch.nn.functional.pad(torch.zeros_like(is_kept), (0, 1)).scatter(1, slot, True)[:, :width, None]
+    changed = absorbs & (total > 0)
     total = total.masked_fill(total == 0, 1.0)
-    own_weight, weights = own_weight / total, weights / total
 
+    weight = weight / _take(total, slot.clamp(max=width - 1))
     merged = _take(features, candidates).float().masked_fill(~is_merged[..., None], 0.0)
-    mean = own_weight * refined.float() + weights @ merged
+    mean = own_weight / total * refined.float() + _sum_by_slot(weight * merged, slot, width)
     return torch.where(changed, mean.to(features.dtype), refined), merged_into
+
+
+def _sum_by_slot(values, slot, width):
+    """
+    Sums of those `values` `(batch, k, size)` whose `slot` `(batch, k)` is the same: `(batch, width, size)`.
+
+    In a fixed order: adding by index is only deterministic on the CPU.
+    """
+    batch, _, size = values.shape
+    if values.device.type == "cpu":
+        slot = slot + torch.arange(batch)[:, None] * (width + 1)
+        sums = values.new_zeros(batch * (width + 1), size).index_add(0, slot.flatten(), values.flatten(0, 1))
+        return sums.view(batch, width + 1, size)[:, :width]
+    return (slot[:, None] == torch.arange(width, device=slot.device)[:, None]).to(values.dtype) @ values
 
 
 def _check_arguments(features, saliency, relevance, num_visual_tokens, mask, focus_mass, max_num_visual_tokens):
