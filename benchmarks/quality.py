@@ -557,12 +557,14 @@ def _or_nan(value: float) -> float:
 
 
 def _finite(value):
-    """JSON knows no NaN."""
+    """JSON knows no NaN; six digits are more than there is to know."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value
 
 
 # ---------------------------------------------------------------- command line

@@ -47,8 +47,9 @@ def write_page(result: dict[str, Any], page: Path = DOCS / "quality.md") -> None
 
 def _setup(result) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    seeds = ", ".join(map(str, result["seeds"]))
     return (
-        f"{len(result['seeds'])} × {result['questions']:,} questions (seeds {', '.join(map(str, result['seeds']))}), "
+        f"{len(result['seeds'])} × {result['questions']:,} questions (by seed: {seeds}), "
         f"{result['num_tokens']} visual tokens a picture. Model: `{result['model']}`, "
         f"{result['num_parameters'] / 1e6:.1f} M weights in {result['dtype']}. `generate()` from pixels gives the "
         f"same verdict on {result['checked']['agree']} of {result['checked']['answers']} answers asked both ways. "
@@ -107,26 +108,23 @@ def _ablations(result) -> str:
 
 
 def _focus(result) -> str:
-    def lines():
-        for row in result["results"]:
-            method = METHODS[row["method"]]
-            for given, focus in row.get("focus", {}).items():
-                # Refine, and where it works, change nothing about Focus.
-                if row["method"] == "fsr" or method.literal or not method.settings.keys() <= {"kappa"}:
-                    yield [
-                        method.label,
-                        str(row["budget"]),
-                        given.split("_")[0],
-                        f"{focus['tokens']:.0f}",
-                        f"{focus['median']:.2f}",
-                        f"{focus['low']:.2f} to {focus['high']:.2f}",
-                        f"{focus['scan_empty']:.1%}",
-                    ]
+    rows = {(row["method"], row["budget"]): row for row in result["results"]}
+    budgets = _budgets(result)
 
-    return _table(
-        ["", "K", "question", "tokens that hold ρ of the mass", "median of K_F / K", "10 % to 90 %", "S is empty"],
-        lines(),
-    )
+    def cell(focus):
+        return f"{focus['median']:.2f} ({focus['low']:.2f} to {focus['high']:.2f}), {focus['scan_empty']:.0%}"
+
+    def lines():
+        for name in _names(result):
+            method = METHODS[name]
+            # Refine, and where it works, change nothing about Focus.
+            if method.has_focus and (name == "fsr" or method.literal or not method.settings.keys() <= {"kappa"}):
+                for given, words in (("with_query", "with"), ("without_query", "without")):
+                    of_budget = [rows[name, budget]["focus"][given] for budget in budgets]
+                    tokens = "" if name == "fsr-mass-budget" else f"{of_budget[0]['tokens']:.0f}"
+                    yield [method.label, words, tokens, *map(cell, of_budget)]
+
+    return _table(["", "question", "tokens that hold ρ", *(f"K = {budget}" for budget in budgets)], lines())
 
 
 def _recall(result) -> str:
