@@ -19,7 +19,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -370,10 +370,11 @@ def measure(
                 batch = encode(model, processor, part)
                 for name, scores in _object_scores(batch).items():
                     areas[name].append(area_under_curve(scores, batch.on_object).cpu())
-                for name in methods:
-                    for budget in [num_tokens] if name == "unpruned" else budgets:
+                for budget in [num_tokens, *budgets]:
+                    known: list[tuple[torch.Tensor, torch.Tensor]] = []
+                    for name in ["unpruned"] if budget == num_tokens else methods[1:]:
                         generator = torch.Generator().manual_seed((seed * questions + first) * num_tokens + budget)
-                        _tally(tallies[name, budget], model, METHODS[name], batch, budget, generator)
+                        _tally(tallies[name, budget], model, METHODS[name], batch, budget, generator, known)
             asked += [(seed, question.kind) for _, question in part]
             bar.update(len(part))
     bar.close()
@@ -388,9 +389,11 @@ def measure(
     }
 
 
-def _tally(tally: Tally, model, method: Method, batch: Batch, budget: int, generator) -> None:
+def _tally(tally: Tally, model, method: Method, batch: Batch, budget: int, generator, known: list) -> None:
     visual, indices = select(model, method, batch, budget, generator)
-    tally.right.append(is_right(model, batch, visual).cpu())
+    right = _verdicts(model, batch, visual, known)
+    known.append((visual, right))
+    tally.right.append(right.cpu())
     if len(indices):
         kept = torch.zeros_like(batch.on_object).scatter(1, indices, True)
         tally.recall.append(((kept & batch.on_object).sum(-1) / batch.on_object.sum(-1)).cpu())
@@ -400,6 +403,20 @@ def _tally(tally: Tally, model, method: Method, batch: Batch, budget: int, gener
         for name, given in (("with_query", relevance), ("without_query", None)):
             priority = _priority(batch.saliency, given, **settings)
             tally.focus[name].append(focus_sizes(priority, budget, **settings).cpu())
+
+
+def _verdicts(model, batch: Batch, visual: torch.Tensor, known: list[tuple[torch.Tensor, torch.Tensor]]):
+    """`is_right`, less the work for rows that another method has kept the very same tokens of."""
+    right, is_open = torch.zeros_like(batch.starts, dtype=torch.bool), torch.ones_like(batch.starts, dtype=torch.bool)
+    for other, verdicts in known:
+        same = is_open & (visual == other).flatten(1).all(-1)
+        right, is_open = torch.where(same, verdicts, right), is_open & ~same
+    if is_open.any():
+        rest = replace(
+            batch, suffix=batch.suffix[is_open], starts=batch.starts[is_open], answers=batch.answers[is_open]
+        )
+        right[is_open] = is_right(model, rest, visual[is_open])
+    return right
 
 
 def _object_scores(batch: Batch) -> dict[str, torch.Tensor]:

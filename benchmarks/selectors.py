@@ -90,8 +90,8 @@ def vispruner(features, saliency, relevance, num_kept: int, *, important_ratio: 
     while others.shape[1] > num_diverse:
         first, second = others[:, ::2], others[:, 1::2]
         number = min(step, others.shape[1] - num_diverse, first.shape[1])
-        between = cosines.gather(1, first[..., None].expand(-1, -1, num_tokens))
-        between = between.gather(2, second[:, None].expand(-1, first.shape[1], -1))
+        pairs = first[:, :, None] * num_tokens + second[:, None]
+        between = cosines.flatten(1).gather(1, pairs.flatten(1)).view_as(pairs)
         distinct = between.amax(-1).argsort(dim=-1, descending=True, stable=True)[:, number:]
         others = torch.cat([first.gather(1, distinct), second], dim=1)
     return _keep(features, torch.cat([important, others], dim=1))

@@ -93,6 +93,31 @@ def test_a_verdict_is_that_of_generate(loaded, examples, name, num_kept, options
         assert quality.is_right(model, batch, visual).tolist() == expected
 
 
+def test_what_two_methods_keep_alike_is_asked_once(loaded, batch, monkeypatch):
+    model = loaded[0]
+    visual, _ = quality.select(model, METHODS["fsr"], batch, 20)
+    other = visual.clone()
+    other[[2, 5, 11]] += 1
+    asked = []
+
+    def spy(model, batch, visual):  # a verdict that tells the row by its answer
+        asked.append(len(visual))
+        return batch.answers[:, 0] % 2 == 0
+
+    monkeypatch.setattr(quality, "is_right", spy)
+    expected = batch.answers[:, 0] % 2 == 0
+    first = quality._verdicts(model, batch, visual, [])
+    second = quality._verdicts(model, batch, other, [(visual, ~first)])
+    assert asked == [15, 3]
+    changed = torch.zeros(15, dtype=torch.bool)
+    changed[[2, 5, 11]] = True
+    assert torch.equal(first, expected) and torch.equal(second, expected ^ ~changed)
+    assert torch.equal(
+        quality._verdicts(model, batch, visual, [(other, second), (visual, first)])[changed], first[changed]
+    )
+    assert asked == [15, 3]
+
+
 def test_fsr_selects_as_the_model_does(loaded, examples, batch):
     model, processor = loaded
     inputs = quality.prompts(processor, examples)
