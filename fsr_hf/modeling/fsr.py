@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from .host_scan import is_on_host, scan_on_host
+from .scan_kernel import scan_on_gpu
+from .triton_launch import can_launch
 
 
 __all__ = ["VisualSelection", "select_visual_tokens"]
@@ -133,7 +135,7 @@ def select_visual_tokens(
         with torch.no_grad():
             priority = _priority(saliency, relevance, mask, alpha, beta)
             focus, num_focus = _focus(priority, mask, budgets, width, rho, focus_mass)
-            anchors, nearest, similarity = _scan(features, mask, focus, budgets - num_focus)
+            anchors, nearest, similarity = _scan(features, mask, focus, num_focus, budgets - num_focus)
             kept, source = torch.cat([focus, anchors], dim=1).sort(dim=1)
             kept, source = kept[:, :width], source[:, :width]
             is_focus = (kept < num_tokens) & (source < width)
@@ -186,7 +188,7 @@ def _focus(priority, mask, budgets, width, rho, focus_mass):
     return order[:, :width].masked_fill(counts[:width] > num_focus[:, None], num_tokens), num_focus
 
 
-def _scan(features, mask, focus, num_anchors):
+def _scan(features, mask, focus, num_focus, num_anchors):
     """
     Eq. 5: from the Focus tokens on, add again and again the token that is farthest from all that were chosen.
 
@@ -196,6 +198,8 @@ def _scan(features, mask, focus, num_anchors):
     Returns the positions of the anchors in the order of their choice, `(batch, width - 1)`, filled up with
     `num_tokens`; and what [`_nearest_anchor`] does.
     """
+    if can_launch(features):
+        return scan_on_gpu(features, mask, focus, num_focus, num_anchors)
     if is_on_host(features):
         return scan_on_host(features, mask, focus, num_anchors)
     cosines = _Cosines(features)
