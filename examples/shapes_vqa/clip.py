@@ -1,0 +1,166 @@
+"""The first stage: a CLIP, trained contrastively on captions of windows of scenes, then of whole scenes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from .data import Object, caption
+from .optimizer import MasterAdamW, train
+from .recipe import Recipe
+from .scenes import Scenes
+
+
+__all__ = ["MEAN", "STD", "make_clip", "pixel_values", "train_clip"]
+
+# CLIP's own.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def make_clip(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIPModel:
+    head_dim = 64
+    return CLIPModel(
+        CLIPConfig(
+            projection_dim=recipe.projection_dim,
+            vision_config={
+                "hidden_size": recipe.vision_width,
+                "intermediate_size": 4 * recipe.vision_width,
+                "num_hidden_layers": recipe.vision_layers,
+                "num_attention_heads": recipe.vision_width // head_dim,
+                "image_size": recipe.image_size,
+                "patch_size": recipe.patch_size,
+                "projection_dim": recipe.projection_dim,
+            },
+            text_config={
+                "hidden_size": recipe.text_width,
+                "intermediate_size": 4 * recipe.text_width,
+                "num_hidden_layers": recipe.text_layers,
+                "num_attention_heads": recipe.text_width // head_dim,
+                "max_position_embeddings": 77,
+                "projection_dim": recipe.projection_dim,
+                "vocab_size": len(tokenizer),
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+            },
+        )
+    )
+
+
+def pixel_values(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """From `(batch, height, width, 3)` in uint8 to what CLIP sees, `(batch, 3, height, width)`."""
+    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
+    return ((pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(dtype)
+
+
+def train_clip(
+    recipe: Recipe, scenes: Scenes, tokenizer: CLIPTokenizer, folder: Path, device: str, seed: int, compiled: bool, log
+) -> CLIPModel:
+    """Train, or load what was trained, and return the model in eval mode."""
+    torch.manual_seed(seed)
+    clip = make_clip(recipe, tokenizer).to(device, torch.bfloat16).train()
+    # On a CPU, the backward pass of the fused attention kernel is slower than plain matrix products.
+    clip.set_attn_implementation("eager" if device == "cpu" else "sdpa")
+    encode: Callable = torch.compile(_encode, dynamic=False) if compiled else _encode
+    side = recipe.image_size // recipe.patch_size
+
+    def loss_of(pixels, windows, input_ids, keys):
+        pixels, windows, input_ids, keys = (tensor.to(device) for tensor in (pixels, windows, input_ids, keys))
+        images = encode(clip, pixel_values(_jitter(pixels), torch.bfloat16), windows)
+        texts = clip.text_projection(clip.text_model(input_ids=input_ids).pooler_output)
+        return _contrastive_loss(images, texts, clip.logit_scale, keys)
+
+    def make_batch(stage: int, batch: int, window: int, step: int):
+        rng = np.random.default_rng((seed, stage, step))
+        numbers = rng.integers(len(scenes.objects), size=batch)
+        corners = [_place_window(scenes.objects[n], window, side, recipe.patch_size, rng) for n in numbers]
+        edge = window * recipe.patch_size
+        pixels = np.empty((batch, edge, edge, 3), np.uint8)
+        captions, keys = [], []
+        for row, (number, (x, y)) in enumerate(zip(numbers, corners)):
+            left, top = x * recipe.patch_size, y * recipe.patch_size
+            pixels[row] = scenes.pixels[number, top : top + edge, left : left + edge]
+            seen = [item for item in scenes.objects[number] if _share(item.box, left, top, edge) > 0.6]
+            captions.append(caption(seen, rng))
+            keys.append(hash(tuple(sorted((o.shape, o.color, o.character or "") for o in seen))))
+        columns, rows = torch.tensor(corners).unbind(1)
+        steps = torch.arange(window)
+        windows = (rows[:, None, None] + steps[:, None]) * side + columns[:, None, None] + steps
+        input_ids = tokenizer(captions, padding="max_length", max_length=_text_length(window, side), truncation=True)
+        return torch.from_numpy(pixels), windows.flatten(1), torch.tensor(input_ids.input_ids), torch.tensor(keys)
+
+    stages = (
+        ("clip-crops", recipe.crop_steps, recipe.crop_batch, side // 2, 1.0),
+        ("clip-scenes", recipe.scene_steps, recipe.scene_batch, side, 0.5),
+    )
+    for stage, (name, steps, batch, window, scale) in enumerate(stages):
+        optimizer = MasterAdamW(clip.parameters(), recipe.clip_learning_rate * scale, steps)
+        checkpoint = folder / f"{name}.pt"
+        train(name, optimizer, steps, lambda step: make_batch(stage, batch, window, step), loss_of, checkpoint, log)  # noqa: B023
+    return clip.eval()
+
+
+def _encode(clip: CLIPModel, pixels: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    """
+    Embeddings of pictures, or of windows of pictures, each patch at the position that it has in the whole picture.
+
+    Args:
+        pixels: `(batch, 3, height, width)`.
+        windows: `(batch, num_patches)`, the number of each patch in the whole picture.
+    """
+    tower = clip.vision_model
+    table = tower.embeddings.position_embedding.weight
+    patches = tower.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2) + table[windows + 1]
+    first = (tower.embeddings.class_embedding + table[0]).expand(len(pixels), 1, -1)
+    hidden = tower.pre_layrnorm(torch.cat([first, patches], dim=1))
+    for layer in tower.encoder.layers:
+        hidden = layer(hidden, attention_mask=None)
+    return clip.visual_projection(tower.post_layernorm(hidden[:, 0]))
+
+
+def _contrastive_loss(images, texts, logit_scale, keys):
+    """CLIP's loss, in which all captions that say the same of a picture are right for it."""
+    images, texts = normalize(images.float(), dim=-1), normalize(texts.float(), dim=-1)
+    logits = images @ texts.T * logit_scale.float().exp().clamp(max=100)
+    same = (keys[:, None] == keys).float()
+    targets = same / same.sum(-1, keepdim=True)
+    loss = (
+        torch.nn.functional.cross_entropy(logits, targets) + torch.nn.functional.cross_entropy(logits.T, targets)
+    ) / 2
+    hits = same.gather(1, logits.argmax(-1, keepdim=True)).mean()
+    return loss, {"retrieved": hits.detach()}
+
+
+def _jitter(pixels: torch.Tensor) -> torch.Tensor:
+    """Each picture a little brighter or darker, with more or less contrast."""
+    gain = torch.empty(len(pixels), 1, 1, 1, device=pixels.device).uniform_(0.8, 1.2)
+    shift = torch.empty_like(gain).uniform_(-20, 20)
+    return ((pixels.float() - 128) * gain + 128 + shift).clamp(0, 255)
+
+
+def _place_window(objects: tuple[Object, ...], window: int, side: int, patch: int, rng) -> tuple[int, int]:
+    """Left and upper patch of a window that holds one of the objects."""
+    if window == side:
+        return 0, 0
+    left, top, right, bottom = objects[rng.integers(len(objects))].box
+
+    def corner(low: int, high: int) -> int:
+        first, last = max(0, -(-high // patch) - window), min(low // patch, side - window)
+        return int(rng.integers(min(first, last), max(first, last) + 1))
+
+    return corner(left, right), corner(top, bottom)
+
+
+def _share(box, left: int, top: int, edge: int) -> float:
+    """The share of a box that a window shows."""
+    width = min(box[2], left + edge) - max(box[0], left)
+    height = min(box[3], top + edge) - max(box[1], top)
+    return max(width, 0) * max(height, 0) / ((box[2] - box[0]) * (box[3] - box[1]))
+
+
+def _text_length(window: int, side: int) -> int:
+    return 77 if window == side else 40

@@ -1,0 +1,60 @@
+"""Sizes and lengths of a training run."""
+
+from dataclasses import dataclass
+
+
+__all__ = ["RECIPES", "Recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    Everything that a run depends on, besides its seed. The default trains on two CPU cores.
+
+    The towers have LLaVA-1.5's structure: [CLS] and patches, features from the last block but one, a projector of two
+    layers. Steps are optimizer steps; `warmup` of each stage is a twentieth of them.
+    """
+
+    image_size: int = 144
+    patch_size: int = 12
+    num_scenes: int = 40_000
+    # CLIP
+    vision_width: int = 192
+    vision_layers: int = 6
+    text_width: int = 128
+    text_layers: int = 2
+    projection_dim: int = 128
+    crop_batch: int = 256
+    crop_steps: int = 2_400  # on windows of a quarter of the picture
+    scene_batch: int = 128
+    scene_steps: int = 1_000  # on whole pictures
+    clip_learning_rate: float = 1.2e-3
+    # LLaVA
+    width: int = 256
+    intermediate: int = 416
+    layers: int = 6
+    sequence: int = 352  # a picture and as many questions as fit
+    answer_batch: int = 32
+    answer_steps: int = 2_700
+    learning_rate: float = 1.2e-3
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+RECIPES = {
+    "cpu": Recipe(),
+    # As many visual tokens as LLaVA-1.5 has, and longer.
+    "gpu": Recipe(
+        image_size=288,
+        num_scenes=60_000,
+        crop_batch=512,
+        crop_steps=6_000,
+        scene_batch=256,
+        scene_steps=4_000,
+        sequence=768,
+        answer_batch=64,
+        answer_steps=8_000,
+    ),
+}
