@@ -374,12 +374,16 @@ SECTIONS = ("flops", "selection", *BUDGETS)
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--sections", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="NAME", help=str(SECTIONS)
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        metavar="NAME",
+        help=f"{', '.join(SECTIONS)}; by default all, but on a GPU without flops, which are the same anywhere",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=10, help="rounds over all methods, at most")
     parser.add_argument(
-        "--seconds", type=float, default=20.0, help="for the rounds of a case, of which there are three at least"
+        "--seconds", type=float, default=15.0, help="after so long a prompt gets no further round, if it has had three"
     )
     parser.add_argument("--new-tokens", type=int, default=8, help="decoding steps after each prefill")
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that it runs; needs --output")
@@ -406,7 +410,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.repeats = 1
 
     results = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
-    for section in options.sections:
+    for section in options.sections or SECTIONS[size == "full" :]:
         started = time.perf_counter()
         if section == "flops":
             results[section] = count_flops("tiny" if options.quick else "full")

@@ -254,6 +254,31 @@ def test_times_of_stages_do_not_overlap(monkeypatch):
     assert clock.times() == {"outer": 5.0, "middle": 3.0, "inner": 6.0}
 
 
+def test_times_on_a_gpu_are_those_between_events(monkeypatch):
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.seconds = now[0]
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.seconds - self.seconds)
+
+    def wait(seconds, *calls):
+        now[0] += seconds
+        for call in calls:
+            call()
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = StageClock(torch.device("cuda"))
+    inner = clock.wrap("inner", lambda: wait(2.0))
+    clock.wrap("outer", lambda: wait(3.0, inner))()
+    assert clock.times() == {"outer": 3.0, "inner": 2.0}
+
+
 def test_every_round_runs_every_method_in_another_order(monkeypatch):
     order = []
 
