@@ -9,6 +9,8 @@ from tqdm import tqdm
 
 __all__ = ["MasterAdamW", "train"]
 
+SAVE_EVERY = 250  # steps
+
 
 class MasterAdamW:
     """Steps of AdamW with a warm-up and a cosine. Matrices decay, vectors do not."""
@@ -97,6 +99,6 @@ def train(
                 bar.set_postfix({key: f"{value:.3f}" for key, value in sums.items()})
                 log({"stage": name, "step": step + 1, **sums})
                 sums = {}
-            if (step + 1) % 250 == 0 or step + 1 == steps:
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
                 torch.save({"step": step + 1, **optimizer.state_dict()}, checkpoint.with_suffix(".new"))
                 checkpoint.with_suffix(".new").replace(checkpoint)

@@ -27,7 +27,7 @@ class Recipe:
     crop_batch: int = 256
     crop_steps: int = 2_400  # on windows of a quarter of the picture
     scene_batch: int = 128
-    scene_steps: int = 1_000  # on whole pictures
+    scene_steps: int = 600  # on whole pictures
     clip_learning_rate: float = 1.2e-3
     # LLaVA
     width: int = 256

@@ -1,0 +1,273 @@
+"""The data set of the small trained LLaVA, its tokenizers, and its training."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoProcessor, LlavaForConditionalGeneration
+
+from examples.shapes_vqa import llava as second_stage
+from examples.shapes_vqa.clip import pixel_values
+from examples.shapes_vqa.data import (
+    COLORS,
+    HELD_OUT_PAIRS,
+    KINDS,
+    SHAPES,
+    ask_questions,
+    caption,
+    held_out_questions,
+    make_scene,
+    place_objects,
+    words,
+)
+from examples.shapes_vqa.recipe import RECIPES, Recipe
+from examples.shapes_vqa.train import run
+from examples.shapes_vqa.vocabulary import make_clip_tokenizer, make_tokenizer
+from fsr_hf import export
+
+
+NUMBERS = ["zero", "one", "two", "three", "four", "five"]
+TINY = Recipe(
+    image_size=96,
+    num_scenes=12,
+    vision_width=64,
+    vision_layers=2,
+    text_width=64,
+    text_layers=1,
+    projection_dim=16,
+    crop_batch=4,
+    crop_steps=2,
+    scene_batch=3,
+    scene_steps=2,
+    width=64,
+    intermediate=64,
+    layers=2,
+    sequence=220,
+    answer_batch=2,
+    answer_steps=4,
+)
+
+
+# ---------------------------------------------------------------------- data
+
+
+def test_a_scene_is_its_seed():
+    for split in ("train", "test"):
+        first, second = make_scene(5, split=split), make_scene(5, split=split)
+        assert first.objects == second.objects and first.image.tobytes() == second.image.tobytes()
+    assert make_scene(5).objects == place_objects(5)
+    assert make_scene(5).objects != make_scene(5, split="test").objects
+    assert make_scene(5, size=288).image.size == (288, 288)
+    assert [(o.shape, o.color, o.character) for o in make_scene(5, size=288).objects] == [
+        (o.shape, o.color, o.character) for o in make_scene(5).objects
+    ]
+    with pytest.raises(ValueError, match="'validation'"):
+        make_scene(5, split="validation")
+
+
+def test_held_out_pairs_are_in_the_test_split_alone():
+    pairs = {
+        split: {o.pair for seed in range(400) for o in make_scene(seed, 24, split).objects}
+        for split in ("train", "test")
+    }
+    assert not pairs["train"] & HELD_OUT_PAIRS and pairs["test"] >= HELD_OUT_PAIRS
+    assert pairs["train"] == {(shape, color) for shape in SHAPES for color in COLORS} - HELD_OUT_PAIRS
+
+
+def test_an_object_is_drawn_where_and_as_it_is_told():
+    hits = []
+    for seed in range(60):
+        scene = make_scene(seed)
+        pixels = np.asarray(scene.image, dtype=float)
+        for item in scene.objects:
+            if item.shape not in ("square", "circle") or item.character or item.visible < 1:
+                continue
+            left, top, right, bottom = item.box
+            middle = pixels[
+                (top + bottom) // 2 - 2 : (top + bottom) // 2 + 2, (left + right) // 2 - 2 : (left + right) // 2 + 2
+            ]
+            distance = {name: np.abs(middle.mean((0, 1)) - value).sum() for name, value in COLORS.items()}
+            hits.append(min(distance, key=distance.get) == item.color)
+    assert len(hits) > 15 and all(hits)
+
+
+def answer(question, objects) -> str:
+    """An answer worked out from the words of the question alone."""
+    text = re.sub(r"[?.]", "", question.text)
+    shapes = [s for s in SHAPES if re.search(rf"\b{s}\b", text)]
+    colors = [c for c in COLORS if re.search(rf"\b{c}\b", text)]
+    if question.kind == "counting":
+        things = [s for s in SHAPES if re.search(rf"\b{s}(es|s)\b", text)]
+        return NUMBERS[sum(o.shape in (things or SHAPES) and o.color in (colors or COLORS) for o in objects)]
+    named = [o for o in objects if o.shape in (shapes or SHAPES) and o.color in (colors or COLORS)]
+    if question.kind == "existence":
+        return "yes" if named else "no"
+    (named,) = named
+    if question.kind == "attribute":
+        return named.color if shapes else named.shape
+    if question.kind == "reading":
+        assert ("digit" in text) == named.character.isdigit()
+        return named.character
+    signs = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+    (sign,) = [sign for words, sign in signs.items() if words in text]
+    x, y = named.center
+    angles = []
+    for other in objects:
+        step = np.subtract(other.center, (x, y))
+        if other is not named:
+            angles.append(np.degrees(np.arccos(step @ np.array(sign) / np.linalg.norm(step))))
+    assert sum(angle < 60 for angle in angles) == 1
+    other = [other for other in objects if other is not named][int(np.argmin(angles))]
+    return f"{other.color} {other.shape}"
+
+
+def test_answers_are_right_and_balanced():
+    counts: Counter = Counter()
+    for seed in range(150):
+        objects, rng = place_objects(seed), np.random.default_rng(seed)
+        for question in ask_questions(objects, rng):
+            assert answer(question, objects) == question.answer, (question, objects)
+            named = question.kind in ("attribute", "relation", "reading") or question.answer == "yes"
+            assert (question.target is not None) == named
+            counts[question.kind, question.answer] += 1
+    assert counts["existence", "yes"] == counts["existence", "no"] > 100
+    assert {kind for kind, _ in counts} == set(KINDS)
+
+
+def test_held_out_questions():
+    first = list(held_out_questions(0, 20, 48))
+    assert [q for _, q in first] == [q for _, q in held_out_questions(0, 20, 48)]
+    assert Counter(q.kind for _, q in first) == dict.fromkeys(KINDS, 4)
+    assert Counter(q.answer for _, q in first if q.kind == "existence") == {"yes": 2, "no": 2}
+    other = {scene.image.tobytes() for scene, _ in held_out_questions(1, 20, 48)}
+    assert not other & {scene.image.tobytes() for scene, _ in first}
+
+
+def test_captions_name_every_object():
+    for seed in range(80):
+        objects, rng = place_objects(seed), np.random.default_rng(seed)
+        text = caption(list(objects), rng)
+        for item in objects:
+            assert f"{item.color} {item.shape}" in text and (item.character or "") in text
+        assert len(make_clip_tokenizer()(text).input_ids) <= 77
+
+
+def test_every_word_is_one_token():
+    clip_tokenizer, tokenizer = make_clip_tokenizer(), make_tokenizer()
+    for word in words():
+        assert len(clip_tokenizer.tokenize(word)) == 1, word
+        assert tokenizer.tokenize(word) == ["▁" + word]
+    text = " ".join(q.text for _, q in held_out_questions(0, 50, 24))
+    assert {w.lower() for w in re.findall(r"\w+", text)} <= {w.lower() for w in words()}
+    assert clip_tokenizer("a red star").input_ids[-1] == clip_tokenizer.eos_token_id
+
+
+# ---------------------------------------------------------------------- training
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    run(TINY, folder, compiled=False)
+    return folder
+
+
+def test_a_run_ends_in_stock_checkpoints(work):
+    out = export(work / "llava", work / "fsr", text_encoder=work / "clip", base_model="shapes-vqa", progress=False)
+    model, processor = AutoModel.from_pretrained(out), AutoProcessor.from_pretrained(out)
+    assert model.dtype == torch.bfloat16 and model.config.vision_feature_layer == -2
+    scene = make_scene(0, 96)
+    inputs = processor(
+        images=scene.image, text="USER: <image>\nWhat colour is the star? ASSISTANT:", return_tensors="pt"
+    )
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == TINY.num_patches == 64
+    expected = pixel_values(torch.from_numpy(np.asarray(scene.image)[None].copy()), torch.float32)
+    torch.testing.assert_close(inputs["pixel_values"], expected, rtol=0, atol=1e-5)
+    model.generate(**inputs.to(torch.bfloat16), num_visual_tokens=7, max_new_tokens=2)
+    entries = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
+    assert entries[0]["seed"] == 0 and entries[0]["torch"] == torch.__version__
+
+
+def test_a_stopped_run_goes_on(work, tmp_path, monkeypatch):
+    """Stopped in the middle of a stage, and started again: the same weights as without a stop."""
+    save = second_stage.train.__globals__["torch"].save
+    monkeypatch.setattr("examples.shapes_vqa.optimizer.SAVE_EVERY", 1)
+
+    class Stop(Exception):
+        pass
+
+    def save_and_stop(state, file):
+        save(state, file)
+        file.replace(file.with_suffix(".pt"))
+        if file.stem == "llava" and state["step"] == 2:
+            raise Stop
+
+    monkeypatch.setattr("examples.shapes_vqa.optimizer.torch.save", save_and_stop)
+    with pytest.raises(Stop):
+        run(TINY, tmp_path, compiled=False)
+    monkeypatch.undo()
+    run(TINY, tmp_path, compiled=False)
+    straight, resumed = (
+        LlavaForConditionalGeneration.from_pretrained(f / "llava").state_dict() for f in (work, tmp_path)
+    )
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_another_recipe_is_refused_in_the_same_folder(work):
+    with pytest.raises(ValueError, match="another recipe"):
+        run(replace(TINY, num_scenes=13), work, compiled=False)
+
+
+def test_a_packed_question_is_asked_as_the_stock_model_would_be(work):
+    """The same logits as the stock class gives for the question alone, whatever else is in the row."""
+    model = LlavaForConditionalGeneration.from_pretrained(work / "llava", dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(work / "llava")
+    packer = second_stage._Packer(processor.tokenizer, TINY)
+    scene = make_scene(1, 96)
+    prompt = "\nWhat colour is the star? ASSISTANT:"
+    inputs = processor(images=scene.image, text=f"USER: <image>{prompt}", return_tensors="pt")
+    ids, others = (
+        packer._after("USER: <image>", prompt),
+        packer._after("USER: <image>", "\nCount the hearts. ASSISTANT:"),
+    )
+    with torch.no_grad():
+        expected = model(**inputs).logits[0, -1]
+        hidden = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+        model.set_attn_implementation("eager")
+
+        def last(input_ids, turns):
+            row = torch.tensor([input_ids]), torch.tensor([turns])
+            return model.lm_head(second_stage._decode(model, hidden, torch.tensor(packer.before_image), *row))[0]
+
+        first = [1] * len(ids)
+        alone = last(ids, first)[-1]
+        packed = last(ids + others, first + [2] * len(others))
+        chat = last(ids + others, [0] * (len(ids) + len(others)))
+        swapped = last(ids[::-1] + others, first + [2] * len(others))
+    torch.testing.assert_close(alone, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed[len(ids) - 1], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed[-1], swapped[-1], rtol=0, atol=1e-5)  # it does not see the first question
+    assert (packed[-1] - chat[-1]).abs().max() > 1e-4  # in a conversation it does
+
+
+def test_labels_are_the_answers_and_the_end_of_text():
+    tokenizer = make_tokenizer()
+    packer = second_stage._Packer(tokenizer, RECIPES["cpu"])
+    questions = ask_questions(place_objects(3), np.random.default_rng(3))
+    seen = set()
+    for seed in range(20):
+        input_ids, turns, labels, kinds = packer.pack(questions, np.random.default_rng(seed))
+        assert len(input_ids) == len(turns) == len(labels) == len(kinds) == packer.length
+        said = tokenizer.decode([label for label in labels if label >= 0]).split("</s>")[:-1]
+        asked = re.findall(
+            r"(?:\n|USER: )([^\n]*?[?.]) ASSISTANT: ([\w ]*?)(?= USER:|\n|<unk>|$)", tokenizer.decode(input_ids)
+        )
+        assert [answer.strip() for answer in said] == [answer for _, answer in asked]
+        right = {(q.text, q.answer) for q in questions}
+        assert set(asked) <= right and len(asked) >= 8
+        seen.add(max(turns))
+    assert 0 in seen and len(seen) > 1  # conversations, and questions by themselves
