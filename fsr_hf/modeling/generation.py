@@ -497,8 +497,9 @@ class FSRGenerationMixin(GenerationMixin):
             return super().forward(**stock, **visual, **kwargs)
 
         if labels is not None:
-            placeholders = torch.tensor(self.placeholder_ids(), device=input_ids.device)
-            masked = labels.masked_fill(torch.isin(input_ids, placeholders), -100)
+            masked = labels
+            for placeholder in self.placeholder_ids():
+                masked = masked.masked_fill(input_ids == placeholder, -100)
             if kwargs.get("num_items_in_batch") is not None:
                 # Trainer counted the labels of placeholders, too. With several micro-batches to a step only this one's
                 # share of them is known here, and stands for the others'.

@@ -38,8 +38,8 @@ def cls_attention(block: CLIPEncoderLayer, hidden_states: torch.Tensor) -> torch
     return weights.mean(1)[:, 0, 1:]
 
 
-# Scores that are in memory at once: 64 MiB in float32.
-_BLOCK_SCORES = 2**24
+# Scores that are in memory at once: 4 MiB in float32, which a CPU's cache holds.
+_BLOCK_SCORES = 2**20
 
 
 @torch.no_grad()

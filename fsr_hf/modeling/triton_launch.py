@@ -24,8 +24,11 @@ logger = logging.get_logger(__name__)
 
 
 def jit(function):
-    """`triton.jit` where there is Triton; elsewhere the function, which nothing calls."""
-    return function if triton is None else triton.jit(function)
+    """
+    `triton.jit` where there is Triton; elsewhere the function, which nothing calls. Numbers that no address depends on
+    have one compiled form.
+    """
+    return function if triton is None else triton.jit(function, do_not_specialize=["most", "width", "step"])
 
 
 @jit

@@ -3,6 +3,7 @@ Triton's kernels: right in its interpreter, compiled for the GPUs that they are 
 is no Triton. On a machine with a GPU they run as they are.
 """
 
+import copy
 import os
 import re
 import subprocess
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_contract import build_case
 
-from fsr_hf.modeling import received_kernel, scan_kernel
+from fsr_hf.modeling import generation, received_kernel, scan_kernel
 from fsr_hf.modeling.fsr import select_visual_tokens
 from fsr_hf.modeling.saliency import attention_received
 from fsr_hf.modeling.triton_launch import can_launch
@@ -175,3 +177,33 @@ def test_selection_does_not_wait_for_the_gpu(number, grad):
         select_all()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@cuda
+@pytest.mark.parametrize("name", ["llava", "llava_next"])
+def test_compression_does_not_wait_for_the_gpu(name, monkeypatch):
+    """From the towers to the kept tokens and their places; ids and masks are copied to the host before."""
+    case = build_case(name)
+    model = copy.deepcopy(case.model).cuda()
+    inputs = {key: value.cuda() for key, value in case.inputs.items()}
+    case.generate(inputs, model=model)  # compiling may wait
+    calls = []
+
+    def watch(owner, attribute):
+        original = getattr(owner, attribute)
+
+        def watched(*args, **kwargs):
+            calls.append(attribute)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return original(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(owner, attribute, watched)
+
+    watch(model, "encode_visuals")
+    watch(generation, "select_from_pools")
+    watch(generation, "lay_out")
+    case.generate(inputs, model=model)
+    assert calls == ["encode_visuals", "select_from_pools", "lay_out"]
