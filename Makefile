@@ -9,10 +9,10 @@ FLOOR := 5.17.0
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-floor check format clean
+.PHONY: help demo checkpoint test test-floor check format clean
 
 help:
-	@echo "make demo        export a small LLaVA with FSR, load it in a clean process, compare pruned with unpruned"
+	@echo "make demo        ask a small trained LLaVA about drawn pictures, unpruned and pruned"
 	@echo "make test        all tests, newest transformers"
 	@echo "make test-floor  the common tests, transformers $(FLOOR)"
 	@echo "make check       formatting, lint, types, model cards"
@@ -32,6 +32,12 @@ check: .venv/.installed
 	.venv/bin/ruff check
 	.venv/bin/mypy
 	.venv/bin/python -m fsr_hf.hub.card_checks
+
+checkpoint: .venv/.installed  # after a change of the code that it carries along
+	rm -rf build/shapes-vqa-new && mkdir -p build
+	.venv/bin/fsr-hf export checkpoints/shapes-vqa build/shapes-vqa-new --base-model shapes-vqa
+	rm -rf checkpoints/shapes-vqa
+	mv build/shapes-vqa-new checkpoints/shapes-vqa
 
 format: .venv/.installed
 	.venv/bin/ruff format

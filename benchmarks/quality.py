@@ -43,6 +43,7 @@ from benchmarks.selectors import (
 )
 from examples.shapes_vqa.data import KINDS, Question, Scene, held_out_questions
 from fsr_hf import FSRConfig, FSRLlavaConfig, FSRLlavaForConditionalGeneration, FSRLlavaProcessor, select_visual_tokens
+from fsr_hf.demo.shapes_vqa import shapes_vqa_folder
 from fsr_hf.machine import machine_name, package_versions
 
 
@@ -653,11 +654,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"--dtype {options.dtype} must be auto, bfloat16 or float32.")
         if options.json is not None and not options.json.absolute().parent.is_dir():
             raise ValueError(f"--json {options.json}: there is no folder {options.json.absolute().parent}.")
-        folder = options.model
-        if folder is None:
-            from fsr_hf.demo import shapes_vqa_folder
-
-            folder = shapes_vqa_folder()
+        folder = options.model or shapes_vqa_folder()
         vision = FSRLlavaConfig.from_pretrained(folder).vision_config
         budgets = parse_budgets(options.budgets, (vision.image_size // vision.patch_size) ** 2)
     except (OSError, ValueError) as error:

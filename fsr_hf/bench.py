@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
-from .demo.run import export_small_llava
+from .demo.small_llava import export_small_llava
 from .explain import check_fsr_model, load_visual
 from .machine import machine_name, package_versions
 from .modeling import clip_tower, fsr, pools

@@ -1,5 +1,6 @@
-"""The commands `demo` and `explain`, the small LLaVA that they are shown on, and their refusals."""
+"""The commands `demo` and `explain`, the small LLaVAs that they are shown on, and their refusals."""
 
+import json
 from fractions import Fraction
 
 import numpy as np
@@ -11,8 +12,8 @@ from typer.testing import CliRunner
 
 from fsr_hf import export
 from fsr_hf.cli import app
-from fsr_hf.demo import run
-from fsr_hf.demo.run import PHOTOGRAPHS, run_demo
+from fsr_hf.demo.run import PICTURES, run_demo
+from fsr_hf.demo.shapes_vqa import shapes_vqa_folder
 from fsr_hf.demo.small_llava import SmallLlava, save_small_llava
 from fsr_hf.hub.families import FAMILIES
 
@@ -50,14 +51,6 @@ def mosaic(folders):
 
 def invoke(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def stock_answer(folder, image, question, max_new_tokens):
-    model = LlavaForConditionalGeneration.from_pretrained(folder)
-    processor = LlavaProcessor.from_pretrained(folder)
-    inputs = processor(images=image, text=f"USER: <image>\n{question} ASSISTANT:", return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("command", [[], ["export"], ["demo"], ["explain"]])
@@ -114,50 +107,40 @@ def test_the_small_tokenizer_knows_words_and_spells_the_rest(folders):
 # ---------------------------------------------------------------------- demo
 
 
-def test_demo_of_the_small_llava(tmp_path):
+def test_demo_answers_rightly():
+    """The trained LLaVA, unpruned and with a ninth of the tokens; sizes are those of its config."""
     lines = []
-    result = run_demo(keep=tmp_path / "kept", device="cpu", size=TINY, max_new_tokens=4, repeats=1, echo=lines.append)
-    assert [question["image"] for question in result["questions"]] == list(PHOTOGRAPHS)
+    result = run_demo(device="cpu", repeats=1, echo=lines.append)
+    entries = json.loads((PICTURES / "questions.json").read_text())
+    assert [(q["image"], q["question"]) for q in result["questions"]] == [(e["image"], e["question"]) for e in entries]
     assert result["model"] == "FSRLlavaForConditionalGeneration" and result["code"] == "modeling_fsr_llava"
-
-    save_small_llava(tmp_path / "stock", tmp_path / "clip", TINY)  # the same random weights once more
-    for path, question in zip(run._find_photographs(), result["questions"]):
+    config = AutoModel.from_pretrained(shapes_vqa_folder()).config
+    text, num_tokens = config.text_config, config.image_seq_length
+    for question, entry in zip(result["questions"], entries):
         unpruned, pruned = question["unpruned"], question["pruned"]
-        assert (unpruned["num_visual_tokens"], pruned["num_visual_tokens"]) == (576, 128)
-        assert unpruned["length"] - pruned["length"] == 576 - 128
-        entry = TINY.num_layers * 2 * TINY.hidden_size * 4  # keys and values in float32
-        assert unpruned["cache_bytes"] == unpruned["length"] * entry
-        assert pruned["cache_bytes"] == pruned["length"] * entry
-        assert unpruned["num_focus"] == 0 and 1 <= pruned["num_focus"] <= 128
+        assert unpruned["answer"] == pruned["answer"] == question["pipeline"] == question["right"] == entry["answer"]
+        assert (unpruned["num_visual_tokens"], pruned["num_visual_tokens"]) == (num_tokens, num_tokens // 9)
+        assert unpruned["length"] - pruned["length"] == num_tokens - num_tokens // 9
+        per_token = text.num_hidden_layers * 2 * text.hidden_size * 2  # keys and values in bfloat16
+        assert unpruned["cache_bytes"] == unpruned["length"] * per_token
+        assert pruned["cache_bytes"] == pruned["length"] * per_token
+        assert unpruned["num_focus"] == 0 and 1 <= pruned["num_focus"] <= num_tokens // 9
         assert min(run[name] for run in (unpruned, pruned) for name in ("prefill", "per_token")) > 0
-        assert question["pipeline"] == pruned["answer"]
-        image = Image.open(path).convert("RGB")
-        assert unpruned["answer"] == stock_answer(tmp_path / "stock", image, question["question"], 4)
-
     text = "\n".join(lines)
-    assert max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 100
-    assert "weights are random" in text and all(name in text for name in PHOTOGRAPHS)
-    assert AutoModel.from_pretrained(tmp_path / "kept").config.fsr_config.num_visual_tokens == 128
+    assert max(map(len, text.splitlines())) <= 100
+    assert all(entry["question"] in text and entry["answer"] in text for entry in entries)
 
 
 def test_demo_of_a_folder(folders):
     result = invoke("demo", folders / "fsr", "--max-new-tokens", 2, "--repeats", 1, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert "576" in result.output and "128" in result.output and "random" not in result.output
+    assert "576" in result.output and "128" in result.output
 
 
-def test_demo_refuses(folders, monkeypatch):
-    for arguments, code, words in (
-        ((folders / "fsr", "--keep", "x"), 2, "--keep"),
-        (("--keep", folders), 1, "exists already"),
-        ((folders / "stock",), 1, "without FSR"),
-        ((folders / "nowhere" / "at" / "all",), 1, "neither a folder nor"),
-    ):
-        result = invoke("demo", *arguments)
-        assert (result.exit_code, words in result.stderr) == (code, True), (arguments, result.output)
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
-    result = invoke("demo")
-    assert result.exit_code == 1 and 'pip install "fsr-hf[demo]"' in result.stderr
+def test_demo_refuses(folders):
+    for folder, words in (("stock", "without FSR"), ("nowhere/at/all", "neither a folder nor")):
+        result = invoke("demo", folders / folder)
+        assert (result.exit_code, words in result.stderr) == (1, True), result.output
 
 
 # ---------------------------------------------------------------------- explain

@@ -1,6 +1,11 @@
-"""The first stage: a CLIP, trained contrastively on captions of windows of scenes, then of whole scenes."""
+"""
+The first stage: a CLIP, trained contrastively on captions of windows of scenes, of close-ups, and of whole scenes.
+
+The close-ups of a batch show few pairs of shape and colour, so that the digits and letters tell their captions apart.
+"""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,10 +79,13 @@ def train_clip(
         texts = clip.text_projection(clip.text_model(input_ids=input_ids).pooler_output)
         return _contrastive_loss(images, texts, clip.logit_scale, keys)
 
-    def make_batch(stage: int, batch: int, window: int, step: int):
+    by_pair = _by_pair(scenes)
+
+    def make_batch(stage: int, batch: int, window: int, alike: bool, step: int):
         rng = np.random.default_rng((seed, stage, step))
-        numbers = rng.integers(len(scenes.objects), size=batch)
-        corners = [_place_window(scenes.objects[n], window, side, recipe.patch_size, rng) for n in numbers]
+        drawn = _draw_alike(by_pair, batch, rng) if alike else _draw(scenes, batch, rng)
+        numbers = [number for number, _ in drawn]
+        corners = [_place_window(item.box, window, side, recipe.patch_size, rng) for _, item in drawn]
         edge = window * recipe.patch_size
         pixels = np.empty((batch, edge, edge, 3), np.uint8)
         captions, keys = [], []
@@ -94,13 +102,13 @@ def train_clip(
         return torch.from_numpy(pixels), windows.flatten(1), torch.tensor(input_ids.input_ids), torch.tensor(keys)
 
     stages = (
-        ("clip-crops", recipe.crop_steps, recipe.crop_batch, side // 2, 1.0),
-        ("clip-scenes", recipe.scene_steps, recipe.scene_batch, side, 0.5),
+        ("clip-crops", recipe.crop_steps, recipe.crop_batch, side // 2, False),
+        ("clip-close", recipe.close_steps, recipe.crop_batch, side * 5 // 12, True),
+        ("clip-scenes", recipe.scene_steps, recipe.scene_batch, side, False),
     )
-    for stage, (name, steps, batch, window, scale) in enumerate(stages):
-        optimizer = MasterAdamW(clip.parameters(), recipe.clip_learning_rate * scale, steps)
-        checkpoint = folder / f"{name}.pt"
-        train(name, optimizer, steps, lambda step: make_batch(stage, batch, window, step), loss_of, checkpoint, log)  # noqa: B023
+    for stage, (name, steps, *batch) in enumerate(stages):
+        optimizer = MasterAdamW(clip.parameters(), recipe.clip_learning_rate / (1 + (stage > 0)), steps)
+        train(name, optimizer, steps, partial(make_batch, stage, *batch), loss_of, folder / f"{name}.pt", log)
     return clip.eval()
 
 
@@ -142,11 +150,33 @@ def _jitter(pixels: torch.Tensor) -> torch.Tensor:
     return ((pixels.float() - 128) * gain + 128 + shift).clamp(0, 255)
 
 
-def _place_window(objects: tuple[Object, ...], window: int, side: int, patch: int, rng) -> tuple[int, int]:
-    """Left and upper patch of a window that holds one of the objects."""
+def _draw(scenes: Scenes, batch: int, rng) -> list[tuple[int, Object]]:
+    """Scenes, and an object of each."""
+    numbers = rng.integers(len(scenes.objects), size=batch)
+    return [(n, scenes.objects[n][rng.integers(len(scenes.objects[n]))]) for n in numbers]
+
+
+def _by_pair(scenes: Scenes) -> list[list[tuple[int, Object]]]:
+    """For each shape and colour, every object of it that has a character and is not hidden, with its scene."""
+    found: dict[tuple[str, str], list[tuple[int, Object]]] = {}
+    for number, objects in enumerate(scenes.objects):
+        for item in objects:
+            if item.character is not None and item.visible > 0.95:
+                found.setdefault(item.pair, []).append((number, item))
+    return [found[pair] for pair in sorted(found)]
+
+
+def _draw_alike(by_pair: list[list[tuple[int, Object]]], batch: int, rng) -> list[tuple[int, Object]]:
+    """Objects of two to six pairs of shape and colour, each with its scene."""
+    pairs = rng.choice(len(by_pair), size=min(rng.integers(2, 7), len(by_pair)), replace=False)
+    return [by_pair[pair][rng.integers(len(by_pair[pair]))] for pair in rng.choice(pairs, size=batch)]
+
+
+def _place_window(box: tuple[int, ...], window: int, side: int, patch: int, rng) -> tuple[int, int]:
+    """Left and upper patch of a window that holds the box of an object."""
     if window == side:
         return 0, 0
-    left, top, right, bottom = objects[rng.integers(len(objects))].box
+    left, top, right, bottom = box
 
     def corner(low: int, high: int) -> int:
         first, last = max(0, -(-high // patch) - window), min(low // patch, side - window)

@@ -78,6 +78,7 @@ def make_llava(recipe: Recipe, clip: CLIPModel, tokenizer: LlamaTokenizer) -> Ll
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
+        initializer_range=recipe.width**-0.5,  # at the usual 0.02, so narrow a model attends to all alike for long
     )
     config = LlavaConfig(
         text_config=text_config,

@@ -26,8 +26,9 @@ class Recipe:
     projection_dim: int = 128
     crop_batch: int = 256
     crop_steps: int = 2_400  # on windows of a quarter of the picture
+    close_steps: int = 1_100  # on close-ups of objects that differ in little
     scene_batch: int = 128
-    scene_steps: int = 600  # on whole pictures
+    scene_steps: int = 200  # on whole pictures
     clip_learning_rate: float = 1.2e-3
     # LLaVA
     width: int = 256
@@ -35,7 +36,7 @@ class Recipe:
     layers: int = 6
     sequence: int = 352  # a picture and as many questions as fit
     answer_batch: int = 32
-    answer_steps: int = 2_700
+    answer_steps: int = 1_900
     learning_rate: float = 1.2e-3
 
     @property
@@ -51,8 +52,9 @@ RECIPES = {
         num_scenes=60_000,
         crop_batch=512,
         crop_steps=6_000,
+        close_steps=6_000,
         scene_batch=256,
-        scene_steps=4_000,
+        scene_steps=2_000,
         sequence=768,
         answer_batch=64,
         answer_steps=8_000,

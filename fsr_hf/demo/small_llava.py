@@ -1,7 +1,9 @@
 """A small LLaVA-1.5, and the CLIP of its vision tower, as stock checkpoints made without a download."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +19,20 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+from transformers.utils import logging
+
+from ..hub.export import export
 
 
-__all__ = ["CHAT_TEMPLATE", "SmallLlava", "answer_in_words", "save_small_clip", "save_small_llava", "word_tokenizer"]
+__all__ = [
+    "CHAT_TEMPLATE",
+    "SmallLlava",
+    "answer_in_words",
+    "export_small_llava",
+    "save_small_clip",
+    "save_small_llava",
+    "word_tokenizer",
+]
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,18 @@ def save_small_llava(
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
+
+
+def export_small_llava(root: Path, size: SmallLlava | None = None) -> Path:
+    """Build the small LLaVA in folders of `root`, and export it with FSR; the exported folder."""
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        save_small_llava(root / "llava", root / "clip", size)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return export(root / "llava", root / "llava-fsr", text_encoder=root / "clip", progress=False)
 
 
 def save_small_clip(folder: str | os.PathLike, size: SmallLlava) -> tuple[CLIPModel, CLIPImageProcessor]:
@@ -172,12 +197,12 @@ def _llava_config(size: SmallLlava, tokenizer: LlamaTokenizer, vision_config) ->
     )
 
 
-def word_tokenizer(**special_tokens: str) -> LlamaTokenizer:
-    """A LLaMA tokenizer that knows `_WORDS` and `special_tokens`, and spells everything else in letters and bytes."""
+def word_tokenizer(words: Iterable[str] = _WORDS, **special_tokens: str) -> LlamaTokenizer:
+    """A LLaMA tokenizer that knows `words` and `special_tokens`, and spells everything else in letters and bytes."""
     tokens = dict.fromkeys(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"])
     tokens |= dict.fromkeys(chr(code) for code in range(33, 127))
     merges: dict[tuple[str, str], None] = {}
-    for word in _WORDS:
+    for word in words:
         for end in range(1, len(word) + 1):  # letter by letter: "▁" + "c", "▁c" + "u", "▁cu" + "p"
             merges["▁" + word[: end - 1], word[end - 1]] = None
             tokens["▁" + word[:end]] = None

@@ -332,12 +332,17 @@ def _eval_results(measured: Sequence[Mapping[str, Any]], task: str) -> list[Eval
             metric_type=entry["metric"]["type"],
             metric_name=f"{entry['metric']['name']} ({_budget_of(result)})",
             metric_value=result["value"],
-            source_name=entry["source"]["name"],
-            source_url=entry["source"]["url"],
+            **_link(entry["source"]),
         )
         for entry in measured
         for result in entry["pruned"]
     ]
+
+
+def _link(source: Mapping[str, str]) -> dict[str, str]:
+    """A source as metadata has it, where only an address will do, not a file of the repository."""
+    is_address = source["url"].startswith("https://")
+    return {"source_name": source["name"], "source_url": source["url"]} if is_address else {}
 
 
 def _markdown_table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:

@@ -22,6 +22,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import fsr_hf
+from fsr_hf.demo.shapes_vqa import shapes_vqa_folder
 from fsr_hf.hub import cards
 from fsr_hf.hub.card_checks import check_card, main
 from fsr_hf.hub.cards import address_card, card_data, card_folder, card_names, read_base, render_card, write_card
@@ -89,7 +90,7 @@ def test_every_checkpoint_has_a_card():
 @pytest.mark.parametrize("name", CARDS)
 def test_card(name):
     card = render_card(name)
-    assert check_card(str(card)) == []
+    assert check_card(str(card), shapes_vqa_folder() if name == "shapes-vqa" else None) == []
     base, licence, pipeline_tag = CARDS[name]
     metadata = card.data.to_dict()
     assert metadata.get("base_model") == base
@@ -133,7 +134,7 @@ def test_numbers_of_the_paper(name):
     card = render_card(name)
     text = section(card, "What the paper reports")
     if name == "shapes-vqa":
-        assert not text and "model-index" not in str(card)
+        assert not text
         return
     assert "Source: [arXiv 2602.05809](https://arxiv.org/abs/2602.05809)." in text
     reported = {"qwen2.5-vl-3b": "qwen2.5-vl-7b", "llava-next-mistral-7b": "llava-next-vicuna-7b"}.get(name, name)
@@ -233,6 +234,22 @@ def test_template_is_filled(monkeypatch):
     assert names - known == given
 
 
+def test_the_numbers_of_the_trained_checkpoint_are_those_of_the_benchmark():
+    """Written to one decimal from the file that the benchmark wrote, which goes along."""
+    result = json.loads((shapes_vqa_folder() / "quality.json").read_text(encoding="utf-8"))
+    card = render_card("shapes-vqa")
+    text = section(card, "Measured with this code")
+    accuracy = {row["budget"]: row["accuracy"] for row in result["results"] if row["method"] in ("unpruned", "fsr")}
+    unpruned = f"{100 * accuracy.pop(result['num_tokens']):.1f}"
+    rows = [[f"`num_visual_tokens={budget}`", f"{100 * value:.1f}"] for budget, value in accuracy.items()]
+    assert tables(text) == [[["budget", "Shapes-VQA, accuracy"], ["unpruned", unpruned], *rows]]
+    assert "Source: [" in text and "](quality.json)." in text
+    (model,) = card.data.to_dict()["model-index"]
+    values = [metric["value"] for entry in model["results"] for metric in entry["metrics"]]
+    assert values == [round(100 * value, 1) for value in accuracy.values()]
+    assert not any("source" in entry for entry in model["results"])  # it has no address before it is pushed
+
+
 def test_own_measurements_stand_apart(monkeypatch):
     data = copy.deepcopy(card_data())
     data["models"]["llava-1.5-7b"]["measured"] = MEASURED
@@ -255,7 +272,7 @@ def test_own_measurements_stand_apart(monkeypatch):
     values = [metric["value"] for result in model["results"] for metric in result["metrics"]]
     assert values == [90.25, 80.5]
     assert all(result["source"]["url"] == "https://example.org/run" for result in model["results"])
-    for name in set(CARDS) - {"llava-1.5-7b"}:
+    for name in set(CARDS) - {"llava-1.5-7b", "shapes-vqa"}:
         assert "Measured with this code" not in render_card(name).text
 
 

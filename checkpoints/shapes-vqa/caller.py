@@ -1,0 +1,123 @@
+# Generated from fsr_hf 0.1.0 (fsr_hf.modeling.caller), do not edit.
+"""The caller's side of `generate()`: callbacks see the whole prompt while the model runs on the compressed one."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+)
+from transformers.generation.streamers import BaseStreamer
+
+
+__all__ = ["CallerView"]
+
+# They give the same on the compressed prompt, which has the same ids, each at least once, and the same end. They keep
+# their class: `generate` puts one from the caller in the place of its own of that class.
+_SAME_ON_BOTH = (
+    EosTokenCriteria,
+    MaxTimeCriteria,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+
+
+class CallerView:
+    """
+    The caller's prompt in place of the compressed one, for everything that looks at ids.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, length)`):
+            The caller's prompt.
+        compressed_length (`int`):
+            How many leading ids it stands for.
+    """
+
+    def __init__(self, input_ids: torch.Tensor, compressed_length: int):
+        self.input_ids = input_ids
+        self.compressed_length = compressed_length
+
+    def restore(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """
+        `(batch * n, compressed_length + new)` to `(batch * n, length + new)`; n beams or sequences stand together.
+        """
+        prompt = self.input_ids.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.input_ids), dim=0)
+        return torch.cat([prompt, input_ids[:, self.compressed_length :]], dim=1)
+
+    def wrap(self, arguments: dict[str, Any], options: GenerationConfig) -> dict[str, Any]:
+        """The caller's callbacks, each behind this view."""
+        arguments = dict(arguments)
+        if arguments["logits_processor"] is not None:
+            processors = [self._wrap_processor(processor) for processor in arguments["logits_processor"]]
+            arguments["logits_processor"] = LogitsProcessorList(processors)
+        if arguments["stopping_criteria"] is not None:
+            criteria = [self._wrap_criterion(criterion) for criterion in arguments["stopping_criteria"]]
+            arguments["stopping_criteria"] = StoppingCriteriaList(criteria)
+        if (allowed_tokens := arguments["prefix_allowed_tokens_fn"]) is not None:
+            # Beams of a row share its number; returned sequences without beams are numbered one by one.
+            copies = options.num_return_sequences if options.num_beams in (None, 1) else 1
+            arguments["prefix_allowed_tokens_fn"] = lambda row, ids: allowed_tokens(
+                row, self._restore_row(ids, row // (copies or 1))
+            )
+        if arguments["streamer"] is not None:
+            arguments["streamer"] = _CallerStreamer(self, arguments["streamer"])
+        return arguments
+
+    def _restore_row(self, input_ids: torch.Tensor, row: int) -> torch.Tensor:
+        return torch.cat([self.input_ids[row].to(input_ids.device), input_ids[self.compressed_length :]])
+
+    def _wrap_processor(self, processor: LogitsProcessor) -> LogitsProcessor:
+        if type(processor) in _SAME_ON_BOTH and not getattr(processor, "prompt_ignore_length", None):
+            return processor
+        return _CallerLogitsProcessor(self, processor)
+
+    def _wrap_criterion(self, criterion: StoppingCriteria) -> StoppingCriteria:
+        if type(criterion) in _SAME_ON_BOTH:
+            return criterion
+        if type(criterion) is MaxLengthCriteria:  # `generate` looks for this class, too
+            removed = self.input_ids.shape[1] - self.compressed_length
+            return MaxLengthCriteria(criterion.max_length - removed, criterion.max_position_embeddings)
+        return _CallerStoppingCriteria(self, criterion)
+
+
+class _CallerLogitsProcessor(LogitsProcessor):
+    def __init__(self, view: CallerView, processor: LogitsProcessor):
+        self.view = view
+        self.processor = processor
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self.processor(self.view.restore(input_ids), scores)
+
+
+class _CallerStoppingCriteria(StoppingCriteria):
+    def __init__(self, view: CallerView, criterion: StoppingCriteria):
+        self.view = view
+        self.criterion = criterion
+        if hasattr(criterion, "eos_token_id"):  # `generate` pads finished rows if a criterion has it
+            self.eos_token_id = criterion.eos_token_id
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.criterion(self.view.restore(input_ids), scores, **kwargs)
+
+
+class _CallerStreamer(BaseStreamer):
+    def __init__(self, view: CallerView, streamer: BaseStreamer):
+        self.view = view
+        self.streamer = streamer
+        self.is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        self.streamer.put(self.view.restore(value) if self.is_prompt else value)
+        self.is_prompt = False
+
+    def end(self) -> None:
+        self.streamer.end()

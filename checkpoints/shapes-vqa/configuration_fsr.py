@@ -1,0 +1,271 @@
+# Generated from fsr_hf 0.1.0 (fsr_hf.configuration.configuration_fsr), do not edit.
+"""The hyper-parameters of Focus-Scan-Refine, and how a family's config carries them."""
+
+import copy
+import math
+from typing import Any, ClassVar
+
+from transformers import CLIPTextConfig, PreTrainedConfig, __version__
+
+
+__all__ = ["FSRConfig", "FSRConfigMixin", "check_fsr_value"]
+
+
+def _is_number(value: Any, kind: type = float) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+        return False
+    return math.isfinite(value)
+
+
+def _one_of(*allowed: Any):
+    return lambda value: any(value is a or (isinstance(a, str) and value == a) for a in allowed)
+
+
+# What each field may hold: (test, words for the error).
+_RULES = {
+    "enabled": (_one_of(True, False), "True or False"),
+    "num_visual_tokens": (lambda v: v is None or (_is_number(v, int) and v >= 1), "an int >= 1, or None"),
+    "retention_ratio": (lambda v: v is None or (_is_number(v) and 0 < v <= 1), "a number in (0, 1], or None"),
+    "alpha": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
+    "beta": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
+    "rho": (lambda v: _is_number(v) and 0 < v <= 1, "a number in (0, 1]"),
+    "kappa": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
+    "focus_mass": (_one_of("all", "budget"), '"all" or "budget"'),
+    "relevance": (_one_of("clip", "none", None), '"clip", "none" or None'),
+    "invert_relevance": (_one_of(True, False), "True or False"),
+    "text_encoder_config": (
+        lambda v: v is None or isinstance(v, (dict, PreTrainedConfig)),
+        "a CLIPTextConfig, its dict, or None",
+    ),
+    "pool": (_one_of("view", "item", None), '"view", "item", or None for the family\'s default'),
+    "newline": (_one_of("drop", "keep", None), '"drop", "keep", or None for the family\'s default'),
+    "positions": (_one_of("compact", "original", None), '"compact", "original", or None for the family\'s default'),
+}
+_BUDGETS = ("num_visual_tokens", "retention_ratio")
+_BOTH_BUDGETS = (
+    "`num_visual_tokens={}` and `retention_ratio={}` are both set, but a budget is either a number of tokens or a "
+    "share of them: set one and leave the other None."
+)
+
+
+def check_fsr_value(name: str, value: Any) -> None:
+    """
+    Raises:
+        `ValueError`: if `value` is not allowed for the field `name` of [`FSRConfig`]; the message has field, value and
+        what is allowed.
+    """
+    is_allowed, allowed = _RULES[name]
+    if not is_allowed(value):
+        raise ValueError(f"`{name}={value!r}` is not allowed: `{name}` must be {allowed}.")
+
+
+class FSRConfig(PreTrainedConfig):
+    r"""
+    The hyper-parameters of Focus-Scan-Refine visual-token pruning ([arXiv
+    2602.05809](https://arxiv.org/abs/2602.05809)). A model's config holds one as `config.fsr_config`. Every field is
+    checked when it is set.
+
+    Args:
+        enabled (`bool`, *optional*, defaults to `True`):
+            Whether to prune. With `False` the model is bit for bit the stock model.
+        num_visual_tokens (`int`, *optional*):
+            Budget: how many visual tokens of each image (or video) the language model sees. An image with no more
+            tokens than that is not pruned. Setting it clears `retention_ratio`.
+        retention_ratio (`float`, *optional*):
+            Budget as a share of the tokens of each image (or video), in (0, 1]: `max(1, round(ratio * tokens))`.
+            Setting it clears `num_visual_tokens`. With both budgets `None` the family's default holds.
+        alpha (`float`, *optional*, defaults to 3.0):
+            Exponent of relevance in the priority of a token (Eq. 3).
+        beta (`float`, *optional*, defaults to 1.0):
+            Exponent of saliency in the priority of a token (Eq. 3).
+        rho (`float`, *optional*, defaults to 0.9):
+            Share of the priority mass that the Focus tokens must hold, in (0, 1] (Eq. 4).
+        kappa (`float`, *optional*, defaults to 1.0):
+            How many dropped tokens are merged, as a multiple of the number of Scan tokens (Refine).
+        focus_mass (`str`, *optional*, defaults to `"all"`):
+            The mass that `rho` refers to: of all tokens (`"all"`, the paper), or of the `num_visual_tokens` tokens of
+            highest priority (`"budget"`, which leaves room for Scan whenever `rho < 1`).
+        relevance (`str`, *optional*):
+            Where Eq. 2 comes from: `"clip"` (patches against the question in CLIP's joint space) or `"none"` (saliency
+            alone). `None` means `"clip"` if there is a `text_encoder_config`.
+        invert_relevance (`bool`, *optional*, defaults to `True`):
+            Whether relevance is the negated cosine. CLIP's patches score *lower* on the thing that the text names than
+            on the background; `False` is the paper's literal formula.
+        text_encoder_config (`CLIPTextConfig` or `dict`, *optional*):
+            The CLIP text tower whose weights are in the checkpoint; `None` if there is none.
+        pool (`str`, *optional*):
+            Which tokens compete with each other: those of a `"view"` (a tile, a frame) or of a whole `"item"` (an
+            image, a video). `None` is the family's default.
+        newline (`str`, *optional*):
+            What becomes of newline tokens: `"drop"`, or `"keep"` one after each row that still holds a token, on top
+            of the budget. `None` is the family's default.
+        positions (`str`, *optional*):
+            Positions of the kept tokens: `"compact"` (the prompt closes up) or `"original"` (as in the full prompt).
+            `None` is the family's default.
+
+    Example:
+
+    ```python
+    >>> from fsr_hf import FSRLlavaConfig
+
+    >>> config = FSRLlavaConfig(fsr_config={"num_visual_tokens": 64})
+    >>> config.fsr_config.retention_ratio = 0.25  # clears num_visual_tokens
+    ```
+    """
+
+    model_type = "fsr"
+    base_config_key = "fsr_config"
+    sub_configs: ClassVar[dict] = {"text_encoder_config": CLIPTextConfig}
+    # The budget that holds where both are None: name and value. A family's config sets it on its own `fsr_config`.
+    _family_budget = ("num_visual_tokens", None)
+
+    enabled: bool = True
+    num_visual_tokens: int | None = None
+    retention_ratio: float | int | None = None
+    alpha: float | int = 3.0
+    beta: float | int = 1.0
+    rho: float | int = 0.9
+    kappa: float | int = 1.0
+    focus_mass: str = "all"
+    relevance: str | None = None
+    invert_relevance: bool = True
+    text_encoder_config: Any = None  # `__setattr__` makes a CLIPTextConfig of a dict
+    pool: str | None = None
+    newline: str | None = None
+    positions: str | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _RULES:
+            check_fsr_value(name, value)
+        elif self._is_built and not name.startswith("_") and not hasattr(self, name):
+            raise ValueError(f"FSRConfig has no field `{name}={value!r}`. Its fields are {', '.join(_RULES)}.")
+        if name == "text_encoder_config" and isinstance(value, dict):
+            value = CLIPTextConfig(**value)
+        super().__setattr__(name, value)
+        # Once built, naming one budget clears the other; before that, both are compared in `__post_init__`.
+        if name in _BUDGETS and self._is_built:
+            other = _BUDGETS[1 - _BUDGETS.index(name)]
+            if value is not None:
+                super().__setattr__(other, None)
+            elif getattr(self, other) is None:
+                super().__setattr__(*self._family_budget)
+
+    @property
+    def _is_built(self) -> bool:
+        return "_attn_implementation_internal" in self.__dict__
+
+    def __post_init__(self, **kwargs):
+        # What `PreTrainedConfig` itself reads or writes; anything else is a typo.
+        known = {"_commit_hash", "_name_or_path", "name_or_path", "attn_implementation", "model_type", "torch_dtype"}
+        unknown = set(kwargs) - known
+        if unknown:
+            raise ValueError(
+                f"FSRConfig has no field {', '.join(f'`{name}={kwargs[name]!r}`' for name in sorted(unknown))}. "
+                f"Its fields are {', '.join(_RULES)}."
+            )
+        if self.num_visual_tokens is not None and self.retention_ratio is not None:
+            raise ValueError(_BOTH_BUDGETS.format(self.num_visual_tokens, self.retention_ratio))
+        kwargs.pop("model_type", None)
+        super().__post_init__(**kwargs)
+
+    @property
+    def uses_relevance(self) -> bool:
+        """`bool`: whether patches are compared with the question (`relevance` resolved)."""
+        return self.relevance == "clip" or (self.relevance is None and self.text_encoder_config is not None)
+
+    def budget(self, num_tokens: int) -> int:
+        """How many of `num_tokens` candidates of one image or video are kept, never more than there are."""
+        if self.retention_ratio is not None:
+            return max(1, round(self.retention_ratio * num_tokens))
+        return min(self.num_visual_tokens or num_tokens, num_tokens)
+
+    def override(self, num_visual_tokens=None, retention_ratio=None, enabled=None) -> "FSRConfig":
+        """A copy for one call, where the given values win over the stored ones."""
+        config = copy.copy(self)
+        if num_visual_tokens is not None and retention_ratio is not None:
+            raise ValueError(_BOTH_BUDGETS.format(num_visual_tokens, retention_ratio))
+        if num_visual_tokens is not None:
+            config.num_visual_tokens = num_visual_tokens
+        if retention_ratio is not None:
+            config.retention_ratio = retention_ratio
+        if enabled is not None:
+            if enabled is not True and enabled is not False:
+                raise ValueError(f"`fsr_enabled={enabled!r}` is not allowed: it must be True or False.")
+            config.enabled = enabled
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of FSR and none that every config has; a parent's `to_dict` takes out `transformers_version`."""
+        fields = {name: getattr(self, name) for name in _RULES}
+        if self.text_encoder_config is not None:
+            fields["text_encoder_config"] = self.text_encoder_config.to_dict()
+            fields["text_encoder_config"].pop("transformers_version", None)
+        return {"model_type": self.model_type, "transformers_version": __version__, **fields}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class FSRConfigMixin:
+    """
+    Gives a stock config the field `fsr_config`. A dict that is assigned changes the named fields and leaves the
+    others. An [`FSRConfig`] replaces all of them but the text tower, which belongs to the weights: only a dict that
+    names it as `None` takes it away.
+    """
+
+    # Of the stock config.
+    model_type: ClassVar[str]
+    _attn_implementation: Any
+
+    # The family's defaults for the fields of FSRConfig that are None.
+    fsr_defaults: ClassVar[dict[str, Any]] = {}
+    # What is no prediction to Trainer, so that it gathers logits alone, whether a batch was pruned or not.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "image_hidden_states",
+        "video_hidden_states",
+        "rope_deltas",
+    ]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "fsr_config":
+            value = self._complete_fsr_config(value)
+        elif name == "model_type":  # of a stock config that this one is made from
+            value = type(self).model_type
+        super().__setattr__(name, value)
+
+    def _complete_fsr_config(self, value):
+        current = self.__dict__.get("fsr_config")
+        if value is None or isinstance(value, dict):
+            fields = current.to_dict() if current is not None else {}
+            named_budgets = [name for name in _BUDGETS if (value or {}).get(name) is not None]
+            if named_budgets:
+                fields.update(dict.fromkeys(_BUDGETS))
+            config = FSRConfig(**{**fields, **(value or {})})
+        elif isinstance(value, PreTrainedConfig) and value.model_type == FSRConfig.model_type:
+            config = copy.deepcopy(value)
+            if config.text_encoder_config is None and current is not None:
+                config.text_encoder_config = current.text_encoder_config
+        else:
+            raise ValueError(
+                f"`fsr_config={value!r}` is not allowed: it must be an FSRConfig, a dict of its fields, or None."
+            )
+        has_budget = any(getattr(config, name) is not None for name in _BUDGETS)
+        for name, default in self.fsr_defaults.items():
+            if getattr(config, name) is None and not (name in _BUDGETS and has_budget):
+                setattr(config, name, default)
+            if name in _BUDGETS:
+                config._family_budget = (name, default)
+        if self.__dict__.get("_attn_implementation_internal") is not None:
+            config._attn_implementation = self._attn_implementation
+        return config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # The stock merge would leave the stored budget beside the new one.
+        fsr_config = kwargs.pop("fsr_config", None)
+        result = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        if fsr_config is not None:
+            config = result[0] if isinstance(result, tuple) else result
+            config.fsr_config = fsr_config
+        return result

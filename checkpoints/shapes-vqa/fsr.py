@@ -1,0 +1,375 @@
+# Generated from fsr_hf 0.1.0 (fsr_hf.modeling.fsr), do not edit.
+"""Focus, Scan, Refine: which visual tokens to keep, and what the kept ones absorb.
+
+The method of "Focus-Scan-Refine: From Human Visual Perception to Efficient Visual Token Pruning" (arXiv 2602.05809),
+on tensors alone. Equations 1 and 2, saliency and relevance, depend on the model and are arguments here; equations 3 to
+9 follow below in the paper's order. Every shape is known before any value is, so nothing waits for the device and the
+whole batch is computed at once. Where the time goes, into equations 5 and 8, the CPU and NVIDIA's GPUs have code of
+their own, which selects the same.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .host_scan import is_on_host, scan_on_host
+from .scan_kernel import scan_on_gpu
+from .triton_launch import can_launch
+
+
+__all__ = ["VisualSelection", "select_visual_tokens"]
+
+
+@dataclass
+class VisualSelection:
+    """
+    The visual tokens that Focus, Scan and Refine keep.
+
+    [`select_visual_tokens`] returns one for a batch of pools, in the shapes below. The output of a model holds one for
+    each image or video: the same fields without the `batch` dimension, where `num_kept` has no padding and
+    `num_tokens` counts the item's placeholders in the prompt.
+
+    Args:
+        indices (`torch.LongTensor` of shape `(batch, num_kept)`):
+            Positions of the kept tokens among the `num_tokens`, ascending; -1 fills up a row that keeps fewer.
+        is_focus (`torch.BoolTensor` of shape `(batch, num_kept)`):
+            True for a Focus token, False for a Scan anchor and for padding.
+        features (`torch.FloatTensor` of shape `(batch, num_kept, hidden_size)`):
+            The kept tokens after Refine, in the dtype of the input; zeros at padding.
+        priority (`torch.FloatTensor` of shape `(batch, num_tokens)`):
+            Priority of every token in [0, 1] (Eq. 3), float32; 0 at masked columns.
+        merged_into (`torch.LongTensor` of shape `(batch, num_tokens)`):
+            For a token that Refine merged, the position of its anchor among the `num_tokens`; -1 for every other.
+        grid (`torch.LongTensor` of shape `(num_tokens, 3)`, *optional*):
+            View or frame, row and column of every token, where a model fills it in.
+        modality (`str`, *optional*):
+            `"image"` or `"video"`, where a model fills it in.
+        row (`int`, *optional*):
+            Row of the prompt batch that the item belongs to, where a model fills it in.
+    """
+
+    indices: torch.Tensor
+    is_focus: torch.Tensor
+    features: torch.Tensor
+    priority: torch.Tensor
+    merged_into: torch.Tensor
+    grid: torch.Tensor | None = None
+    modality: str | None = None
+    row: int | None = None
+
+
+def select_visual_tokens(
+    features: torch.Tensor,
+    saliency: torch.Tensor,
+    relevance: torch.Tensor | None,
+    num_visual_tokens: int | torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    alpha: float = 3.0,
+    beta: float = 1.0,
+    rho: float = 0.9,
+    kappa: float = 1.0,
+    focus_mass: str = "all",
+    max_num_visual_tokens: int | None = None,
+) -> VisualSelection:
+    """
+    Keep the visual tokens that Focus and Scan choose, after Refine has merged others into them (arXiv 2602.05809).
+
+    Each row of the batch is one pool of tokens, selected by itself. Ties go to the lower index everywhere. Scores and
+    cosines are float32 whatever the dtype of the inputs, under autocast too. Gradients flow to `features` through the
+    kept and the merged tokens; the selection and the weights of the merge are constants to autograd.
+
+    A score that is NaN or infinite counts as the smallest finite one of its pool. A token with NaN or infinite
+    features has cosine -1 to every other and neither absorbs nor is absorbed; a zero vector has cosine 0.
+
+    Args:
+        features (`torch.FloatTensor` of shape `(batch, num_tokens, hidden_size)`):
+            The visual tokens as the language model would receive them.
+        saliency (`torch.FloatTensor` of shape `(batch, num_tokens)`):
+            How much attention the vision encoder pays to each token (Eq. 1), in any unit.
+        relevance (`torch.FloatTensor` of shape `(batch, num_tokens)`, *optional*):
+            How well each token fits the query (Eq. 2), in any unit, higher for a better fit. `None` leaves the term
+            out of the priority.
+        num_visual_tokens (`int` or `torch.LongTensor` of shape `(batch,)`):
+            Tokens to keep in each row, at least 1. A tensor gives each row its own number, and 0 keeps none of a row.
+            A row with fewer real tokens keeps them all and merges nothing.
+        mask (`torch.BoolTensor` of shape `(batch, num_tokens)`, *optional*):
+            True for real tokens. The others are never kept or merged and do not count in any minimum, maximum or sum.
+        alpha (`float`, *optional*, defaults to 3.0):
+            Exponent of the relevance in the priority.
+        beta (`float`, *optional*, defaults to 1.0):
+            Exponent of the saliency in the priority.
+        rho (`float`, *optional*, defaults to 0.9):
+            Share of the priority mass that the Focus tokens hold, in (0, 1].
+        kappa (`float`, *optional*, defaults to 1.0):
+            Tokens merged for each Scan anchor, on average; 0 turns Refine off.
+        focus_mass (`str`, *optional*, defaults to `"all"`):
+            The mass that `rho` is a share of: `"all"` tokens (the paper), or the tokens of highest priority that fill
+            the `"budget"`.
+        max_num_visual_tokens (`int`, *optional*):
+            Read with a tensor `num_visual_tokens` only: the width of the result and the most that a row keeps. Without
+            it the width is `num_tokens`, since the values of a tensor are not read on the host.
+
+    Returns:
+        [`VisualSelection`] of width `min(num_visual_tokens, num_tokens)`.
+
+    Raises:
+        ValueError: If a shape or dtype does not fit, a budget is below 1, or `focus_mass` is unknown. The values of
+            tensors are not checked.
+    """
+    _check_arguments(features, saliency, relevance, num_visual_tokens, mask, focus_mass, max_num_visual_tokens)
+    batch, num_tokens, _ = features.shape
+    device = features.device
+    if mask is None:
+        mask = torch.ones_like(saliency, dtype=torch.bool)
+    if isinstance(num_visual_tokens, torch.Tensor):
+        width = num_tokens if max_num_visual_tokens is None else min(max_num_visual_tokens, num_tokens)
+        budgets = num_visual_tokens.to(device, non_blocking=True).clamp(max=width)
+    else:
+        width = min(num_visual_tokens, num_tokens)
+        budgets = torch.full((batch,), width, device=device)
+    budgets = torch.minimum(budgets, mask.sum(-1))
+
+    # Autocast would run the matrix products below in half precision. (It does not know the meta device.)
+    autocast_device = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+    with torch.autocast(autocast_device, enabled=False):
+        with torch.no_grad():
+            priority = _priority(saliency, relevance, mask, alpha, beta)
+            focus, num_focus = _focus(priority, mask, budgets, width, rho, focus_mass)
+            anchors, nearest, similarity = _scan(features, mask, focus, num_focus, budgets - num_focus)
+            kept, source = torch.cat([focus, anchors], dim=1).sort(dim=1)
+            kept, source = kept[:, :width], source[:, :width]
+            is_focus = (kept < num_tokens) & (source < width)
+        refined, merged_into = _refine(features, priority, mask, kept, is_focus, nearest, similarity, kappa)
+    return VisualSelection(
+        indices=kept.masked_fill(kept == num_tokens, -1),
+        is_focus=is_focus,
+        features=refined,
+        priority=priority,
+        merged_into=merged_into,
+    )
+
+
+def _priority(saliency, relevance, mask, alpha, beta):
+    """Eq. 3: the product of relevance and saliency, each min-max normalised over its pool. `(batch, num_tokens)`."""
+    priority = _min_max(saliency, mask) ** beta
+    if relevance is not None:
+        priority = _min_max(relevance, mask) ** alpha * priority
+    return priority.masked_fill(~mask, 0.0)
+
+
+def _min_max(scores, mask):
+    """Scores of each pool on [0, 1]; a constant score is all ones, so that it drops out of the product."""
+    scores = scores.float()
+    finite = scores.isfinite() & mask
+    low = scores.masked_fill(~finite, torch.inf).amin(-1, keepdim=True)
+    high = scores.masked_fill(~finite, -torch.inf).amax(-1, keepdim=True)
+    # Halves, because the span of finite scores can overflow.
+    span = high / 2 - low / 2
+    normalized = (torch.where(finite, scores, low) / 2 - low / 2) / span
+    return normalized.masked_fill(span <= 0, 1.0)
+
+
+def _focus(priority, mask, budgets, width, rho, focus_mass):
+    """
+    Eq. 4: the fewest tokens of highest priority that hold the share `rho` of the mass, but no more than the budget.
+
+    Returns their positions by descending priority, `(batch, width)`, filled up with `num_tokens`; and their numbers,
+    `(batch,)`.
+    """
+    num_tokens = mask.shape[1]
+    order = priority.masked_fill(~mask, -1.0).argsort(dim=-1, descending=True, stable=True)
+    # In float32 the sum can stop growing before the share is reached. MPS has no float64.
+    dtype = torch.float32 if mask.device.type == "mps" else torch.float64
+    mass = priority.gather(1, order).to(dtype).cumsum(-1)
+    total = mass.gather(1, budgets[:, None].clamp(min=1) - 1) if focus_mass == "budget" else mass[:, -1:]
+    counts = torch.arange(1, num_tokens + 1, device=mask.device)
+    num_focus = counts.expand_as(mass).masked_fill(mass < rho * total, num_tokens).amin(-1)
+    num_focus = torch.minimum(num_focus, budgets)
+    return order[:, :width].masked_fill(counts[:width] > num_focus[:, None], num_tokens), num_focus
+
+
+def _scan(features, mask, focus, num_focus, num_anchors):
+    """
+    Eq. 5: from the Focus tokens on, add again and again the token that is farthest from all that were chosen.
+
+    Greedy k-center with fixed centres, so the farthest token is at most twice as far from its nearest kept token as
+    in the best choice of anchors, in the metric sqrt(1 - cos) (Eqs. 6 and 7).
+
+    Returns the positions of the anchors in the order of their choice, `(batch, width - 1)`, filled up with
+    `num_tokens`; and what [`_nearest_anchor`] does.
+    """
+    if can_launch(features):
+        return scan_on_gpu(features, mask, focus, num_focus, num_anchors)
+    if is_on_host(features):
+        return scan_on_host(features, mask, focus, num_anchors)
+    cosines = _Cosines(features)
+    num_tokens, width = mask.shape[1], focus.shape[1]
+    # Cosine of each token to the closest one chosen so far; infinity takes a token out of the choice.
+    closest = torch.full_like(mask, -1.0, dtype=torch.float32)
+    for block in focus.split(_BLOCK, dim=1):
+        rows = cosines.rows(block.clamp(max=num_tokens - 1)).masked_fill(block[..., None] == num_tokens, -1.0)
+        closest = torch.maximum(closest, rows.amax(1))
+    closest = closest.masked_fill(~_without(mask, focus), torch.inf)
+    anchors = [focus[:, :0]]
+    for _ in range(width - 1):
+        anchor = closest.argmin(-1, keepdim=True)  # the first of equal ones, on every device
+        closest = torch.maximum(closest, cosines.rows(anchor).squeeze(1)).scatter_(1, anchor, torch.inf)
+        anchors.append(anchor)
+    # No choice depends on a later one, so a row with room for fewer anchors takes the first of them.
+    counts = torch.arange(1, width, device=mask.device)
+    anchors = torch.cat(anchors, dim=1).masked_fill(counts > num_anchors[:, None], num_tokens)
+    return anchors, *_nearest_anchor(cosines, anchors)
+
+
+def _nearest_anchor(cosines, anchors):
+    """
+    Eq. 8: the anchor that is most similar to each token, `(batch, num_tokens)`, and its cosine, -inf if there is none
+    or one of both is not finite.
+    """
+    nearest = anchors.new_full(cosines.finite.shape, -1)
+    similarity = torch.full_like(cosines.finite, -torch.inf, dtype=torch.float32)
+    anchors = anchors.sort(dim=1).values
+    for start in range(0, anchors.shape[1], _BLOCK):
+        block = anchors[:, start : start + _BLOCK]
+        tokens = block.clamp(max=cosines.finite.shape[1] - 1)
+        absorbs = (tokens == block) & cosines.finite.gather(1, tokens)
+        rows = cosines.rows(tokens).masked_fill(~absorbs[..., None], -torch.inf)  # (batch, block, num_tokens)
+        is_closer = rows.amax(1) > similarity
+        # Among equal ones the first, which is the lower index, on every device.
+        nearest = torch.where(is_closer, tokens.gather(1, rows.argmax(1)), nearest)
+        similarity = torch.where(is_closer, rows.amax(1), similarity)
+    return nearest, similarity.masked_fill(~cosines.finite, -torch.inf)
+
+
+# Tokens whose cosines to all are in memory at once.
+_BLOCK = 512
+# Rows of a matrix product that every library computes alike.
+_TILE = 64
+
+
+class _Cosines:
+    """Cosines in float32 between some tokens of each row and all tokens of that row, `(batch, k, num_tokens)`."""
+
+    def __init__(self, features):
+        features = features.float()
+        # Dividing by the largest entry first keeps the squares of the norm in range.
+        peak = torch.maximum(features.amax(-1, keepdim=True), -features.amin(-1, keepdim=True))
+        unit = features / peak.masked_fill(peak == 0, 1.0)
+        norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
+        self.finite = peak.isfinite().squeeze(-1)
+        unit = unit.div_(norm.masked_fill_(norm == 0, 1.0))
+        # A matrix product may round its last, incomplete tile in another way, so that equal tokens differ in the last
+        # bit and a tie goes to the wrong one: there is none.
+        self.num_tokens = unit.shape[1]
+        self.unit = torch.nn.functional.pad(unit, (0, 0, 0, -self.num_tokens % _TILE))
+        # One product for all pairs is faster than one for each anchor; it may take twice the memory of the features.
+        self.pairs = self._between(self.unit) if self.num_tokens <= 2 * unit.shape[2] else None
+
+    def _between(self, tokens):
+        # A token with non-finite features leaves NaN in each of its cosines.
+        cosines = (tokens @ self.unit.mT).clamp_(-1.0, 1.0).nan_to_num_(nan=-1.0)
+        return cosines[..., : self.num_tokens]
+
+    def rows(self, tokens):
+        return self._between(_take(self.unit, tokens)) if self.pairs is None else _take(self.pairs, tokens)
+
+
+def _take(tensor, tokens):
+    """Rows `tokens` `(batch, k)` of a tensor `(batch, num_tokens, size)`: `(batch, k, size)`."""
+    return tensor.gather(1, tokens[..., None].expand(-1, -1, tensor.shape[-1]))
+
+
+def _without(mask, tokens):
+    """The mask less `tokens` `(batch, k)`, where `num_tokens` stands for none."""
+    return torch.nn.functional.pad(mask, (0, 1)).scatter(1, tokens, False)[:, :-1]
+
+
+def _refine(features, priority, mask, kept, is_focus, nearest, similarity, kappa):
+    """
+    Eq. 9: of the tokens not kept, those most similar to an anchor are merged into the one that is nearest (Eq. 8).
+
+    Applied over all tokens that an anchor absorbs, the update is their mean, weighted by priority.
+
+    Returns the kept tokens after Refine, `(batch, width, hidden_size)`, and the anchor of each token or -1,
+    `(batch, num_tokens)`.
+    """
+    num_tokens, width = mask.shape[1], kept.shape[1]
+    is_kept = kept < num_tokens
+    can_merge = _without(mask, kept) & (similarity > -torch.inf)
+    refined = _take(features, kept.clamp(max=num_tokens - 1)).masked_fill(~is_kept[..., None], 0.0)
+    merged_into = torch.full_like(nearest, -1)
+    # The most that a row can merge: one of the kept tokens is a Focus token.
+    num_candidates = min(int(kappa * (width - 1) + 1e-6), num_tokens - 1)
+    if num_candidates == 0:
+        return refined, merged_into
+
+    order = similarity.masked_fill(~can_merge, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    candidates = order[:, :num_candidates]
+    # float32 would be off by more than the slack.
+    dtype = torch.float32 if mask.device.type == "mps" else torch.float64
+    num_merged = (kappa * (is_kept & ~is_focus).sum(-1, keepdim=True).to(dtype) + 1e-6).floor()
+    is_merged = torch.arange(num_candidates, device=mask.device) < num_merged
+    is_merged = is_merged & can_merge.gather(1, candidates)
+    anchor = nearest.gather(1, candidates)
+    merged_into = merged_into.scatter(1, candidates, anchor.masked_fill(~is_merged, -1))
+
+    slot = torch.searchsorted(kept.contiguous(), anchor).masked_fill(
+        ~is_merged, width
+    )  # where it goes; `width`: nowhere
+    weight = priority.gather(1, candidates).masked_fill(~is_merged, 0.0)[..., None]
+    own_weight = priority.gather(1, kept.clamp(max=num_tokens - 1))[..., None]
+    total = own_weight + _sum_by_slot(weight, slot, width)
+    absorbs = torch.nn.functional.pad(torch.zeros_like(is_kept), (0, 1)).scatter(1, slot, True)[:, :width, None]
+    changed = absorbs & (total > 0)
+    total = total.masked_fill(total == 0, 1.0)
+
+    weight = weight / _take(total, slot.clamp(max=width - 1))
+    merged = _take(features, candidates).float().masked_fill(~is_merged[..., None], 0.0)
+    mean = own_weight / total * refined.float() + _sum_by_slot(weight * merged, slot, width)
+    return torch.where(changed, mean.to(features.dtype), refined), merged_into
+
+
+def _sum_by_slot(values, slot, width):
+    """
+    Sums of those `values` `(batch, k, size)` whose `slot` `(batch, k)` is the same: `(batch, width, size)`.
+
+    In a fixed order: adding by index is only deterministic on the CPU.
+    """
+    batch, _, size = values.shape
+    if values.device.type == "cpu":
+        slot = slot + torch.arange(batch)[:, None] * (width + 1)
+        sums = values.new_zeros(batch * (width + 1), size).index_add(0, slot.flatten(), values.flatten(0, 1))
+        return sums.view(batch, width + 1, size)[:, :width]
+    return (slot[:, None] == torch.arange(width, device=slot.device)[:, None]).to(values.dtype) @ values
+
+
+def _check_arguments(features, saliency, relevance, num_visual_tokens, mask, focus_mass, max_num_visual_tokens):
+    if features.ndim != 3 or features.shape[1] == 0:
+        raise ValueError(
+            "`features` must have the shape (batch, num_tokens, hidden_size) with at least one token, "
+            f"but its shape is {tuple(features.shape)}."
+        )
+    shape = features.shape[:2]
+    for name, tensor in (("saliency", saliency), ("relevance", relevance), ("mask", mask)):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"`{name}` must have the shape (batch, num_tokens) = {tuple(shape)} of `features`, "
+                f"but its shape is {tuple(tensor.shape)}."
+            )
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(
+            f"`mask` must be a bool tensor, but its dtype is {mask.dtype}. Convert it with `mask.bool()`."
+        )
+    if isinstance(num_visual_tokens, torch.Tensor):
+        if num_visual_tokens.dtype != torch.long or num_visual_tokens.shape != shape[:1]:
+            raise ValueError(
+                f"A tensor `num_visual_tokens` must be a LongTensor of shape (batch,) = {tuple(shape[:1])}, "
+                f"but it is {num_visual_tokens.dtype} of shape {tuple(num_visual_tokens.shape)}."
+            )
+        if max_num_visual_tokens is not None and max_num_visual_tokens < 1:
+            raise ValueError(f"`max_num_visual_tokens` must be at least 1, but it is {max_num_visual_tokens}.")
+    elif num_visual_tokens < 1:
+        raise ValueError(f"`num_visual_tokens` must be at least 1, but it is {num_visual_tokens}.")
+    if focus_mass not in ("all", "budget"):
+        raise ValueError(f'`focus_mass` must be "all" or "budget", but it is {focus_mass!r}.')

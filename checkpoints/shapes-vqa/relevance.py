@@ -1,0 +1,78 @@
+# Generated from fsr_hf 0.1.0 (fsr_hf.modeling.relevance), do not edit.
+"""Relevance (Eq. 2): patches against the question in CLIP's joint space."""
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from .precision import without_autocast
+
+
+__all__ = ["CLIPRelevance"]
+
+
+class CLIPRelevance(nn.Module):
+    """
+    The text side of the CLIP that a vision tower came from, and both projections into their joint space. It is frozen:
+    it stays in eval mode, its parameters never require a gradient, and it runs without autograd.
+
+    Args:
+        config (`CLIPTextConfig`):
+            The text tower; `projection_dim` is the width of the joint space.
+        vision_hidden_size (`int`):
+            Width of the vision tower.
+    """
+
+    def __init__(self, config: CLIPTextConfig, vision_hidden_size: int):
+        super().__init__()
+        self.text_model = CLIPTextModel(config)
+        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(vision_hidden_size, config.projection_dim, bias=False)
+        self.chunk_length = config.max_position_embeddings
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "CLIPRelevance":
+        # Loading resets `requires_grad`, and ends with `eval()`; so do trainers before a step.
+        self.requires_grad_(False)
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "CLIPRelevance":
+        return super().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode_query(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor) -> torch.Tensor:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, chunks * 77)`):
+                The question in chunks of the text tower's length, each with its own BOS and EOS.
+            attention_mask (`torch.LongTensor` of shape `(batch, chunks * 77)`):
+                A chunk whose mask is 0 throughout is skipped, wherever it stands.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, projection_dim)`, float32: the mean over chunks of unit vectors, so
+            that its product with a unit vector is the mean cosine; zeros for a row without a chunk.
+        """
+        chunks = input_ids.unflatten(1, (-1, self.chunk_length))  # [B, chunks, 77]
+        is_real = attention_mask.unflatten(1, (-1, self.chunk_length)).any(-1, keepdim=True)  # [B, chunks, 1]
+        # No mask: attention is causal, and the pooled token, the first EOS, sees no padding.
+        pooled = self.text_model(input_ids=chunks.flatten(0, 1)).pooler_output
+        embeds = normalize(self.text_projection(pooled).float(), dim=-1).unflatten(0, chunks.shape[:2])
+        return embeds.where(is_real, 0).sum(1) / is_real.sum(1).clamp(min=1)
+
+    @torch.no_grad()
+    def forward(self, patches: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            patches (`torch.FloatTensor` of shape `(batch, num_patches, vision_hidden_size)`):
+                Patches of the vision tower after its `post_layernorm`.
+            query (`torch.FloatTensor` of shape `(batch, projection_dim)`):
+                What [`~CLIPRelevance.encode_query`] returns, one row for each image.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, num_patches)`, float32: the cosine of each patch and the question
+            (Eq. 2), not inverted.
+        """
+        embeds = normalize(self.visual_projection(patches).float(), dim=-1)
+        with without_autocast(embeds.device):
+            return (embeds @ query.to(embeds.device)[..., None])[..., 0]

@@ -1,0 +1,82 @@
+# Generated from fsr_hf 0.1.0 (fsr_hf.modeling.saliency), do not edit.
+"""Saliency (Eq. 1): rows and column means of a vision block's attention, recomputed from the block's input."""
+
+import torch
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+from .precision import without_autocast
+from .received_kernel import received_on_gpu
+from .triton_launch import can_launch
+
+
+__all__ = ["attention_received", "cls_attention"]
+
+
+@torch.no_grad()
+def cls_attention(block: CLIPEncoderLayer, hidden_states: torch.Tensor) -> torch.Tensor:
+    """
+    How much [CLS] looks at each patch in one block of a CLIP vision tower, averaged over heads (Eq. 1).
+
+    The tower's own attention maps need the eager implementation, and cost N x N; this one row needs the block's input
+    and its modules, so it is the same under every attention implementation and with adapted or quantised projections.
+
+    Args:
+        block (`CLIPEncoderLayer`):
+            A block of the tower.
+        hidden_states (`torch.FloatTensor` of shape `(batch, 1 + num_patches, hidden_size)`):
+            The input of the block, [CLS] first.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, num_patches)`, float32: the row of [CLS] after softmax, its own column
+        left out and nothing renormalised.
+    """
+    attention = block.self_attn
+    hidden_states = block.layer_norm1(hidden_states)
+    query = attention.q_proj(hidden_states[:, :1]).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+    key = attention.k_proj(hidden_states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+    with without_autocast(query.device):
+        weights = (query.float() * attention.scale @ key.float().transpose(-1, -2)).softmax(-1)  # [B, heads, 1, 1 + N]
+    return weights.mean(1)[:, 0, 1:]
+
+
+# Scores that are in memory at once: 4 MiB in float32, which a CPU's cache holds.
+_BLOCK_SCORES = 2**20
+
+
+@torch.no_grad()
+def attention_received(query: torch.Tensor, key: torch.Tensor, lengths: list[int], scale: float) -> torch.Tensor:
+    """
+    How much attention each token receives, averaged over heads and over the queries that see it: Eq. 1 for towers
+    without [CLS]. The tokens stand in segments (an image, a frame), and attention stays within a segment.
+
+    The scores of a block of queries against the keys of their segment are in memory at once, never those of all pairs:
+    `O(tokens * head_dim + block * segment)`.
+
+    Args:
+        query (`torch.FloatTensor` of shape `(tokens, heads, head_dim)`):
+            Queries of a block, with their positions.
+        key (`torch.FloatTensor` of shape `(tokens, heads, head_dim)`):
+            Its keys.
+        lengths (`list[int]`):
+            Tokens of each segment, in their order; they add up to `tokens`.
+        scale (`float`):
+            What the scores are multiplied by before softmax.
+
+    Returns:
+        `torch.FloatTensor` of shape `(tokens,)`, float32: the means over each segment add up to 1.
+    """
+    if can_launch(query):
+        return received_on_gpu(query, key, lengths, scale)
+    heads = query.shape[1]
+    received = []
+    with without_autocast(query.device):
+        for queries, keys in zip(query.split(lengths), key.split(lengths)):
+            queries, keys = (part.transpose(0, 1).float().contiguous() for part in (queries, keys))
+            total = queries.new_zeros(heads, 1, queries.shape[1])  # queries, keys: [heads, length, head_dim]
+            for block in queries.split(max(1, _BLOCK_SCORES // (heads * queries.shape[1])), dim=1):
+                weights = (block * scale) @ keys.mT  # [heads, block, length]
+                weights = weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+                # The column sums of a softmax, whose denominators weight the rows.
+                total += weights.sum(-1, keepdim=True).reciprocal_().mT @ weights
+            received.append(total.sum((0, 1)) / (heads * queries.shape[1]))
+    return torch.cat(received)
