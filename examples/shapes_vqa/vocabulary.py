@@ -1,8 +1,9 @@
 """The tokenizers of the small LLaVA: every word of the data set is one token."""
 
-import json
+from collections import Counter
+from itertools import pairwise
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer, LlamaTokenizer
 
 from fsr_hf.demo.small_llava import word_tokenizer
@@ -21,16 +22,25 @@ def make_tokenizer() -> LlamaTokenizer:
 def make_clip_tokenizer() -> CLIPTokenizer:
     """CLIP's tokenizer, with merges that are learned from the words of the data set."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(sorted({word.lower() for word in words()}), trainer)
-    learned = tokenizer.get_vocab(with_added_tokens=False)
-    tokens = dict.fromkeys([*alphabet, *(letter + "</w>" for letter in alphabet)])
-    tokens |= dict.fromkeys(sorted(learned, key=learned.__getitem__))
+    merges = _learn_merges(sorted({word.lower() for word in words()}))
+    tokens = dict.fromkeys([*alphabet, *(letter + "</w>" for letter in alphabet), *map("".join, merges)])
     tokens |= dict.fromkeys(["<|startoftext|>", "<|endoftext|>"])
-    merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
     vocab = {token: number for number, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+
+
+def _learn_merges(vocabulary: list[str]) -> list[tuple[str, str]]:
+    """
+    Byte-pair encoding, up to whole words: the most frequent pair first, of equally frequent ones the last in the
+    alphabet. (The trainer of `tokenizers` breaks such ties in another way in every run.)
+    """
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in vocabulary]
+    merges = []
+    while counts := Counter(pair for parts in spelled for pair in pairwise(parts)):
+        merge = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(merge)
+        for parts in spelled:
+            for place in range(len(parts) - 2, -1, -1):
+                if tuple(parts[place : place + 2]) == merge:
+                    parts[place : place + 2] = ["".join(merge)]
+    return merges
