@@ -142,7 +142,7 @@ def training_examples(first: int, size: int = 24):
 
 
 def test_lora_recovers_a_damaged_adapter(model, processor, questions):
-    """The projector between tower and language model is spoilt; LoRA on it, trained with pruning on, mends it in part."""
+    """The projector is spoilt; LoRA on it, trained with pruning on, mends it in part."""
     torch.manual_seed(0)
     damaged = copy.deepcopy(model)
     damaged.config.fsr_config.num_visual_tokens = 48

@@ -13,6 +13,7 @@ from functools import cache
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urljoin
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -130,6 +131,7 @@ def render_card(
         fsr_config |= {"text_encoder_config": {} if "text_encoder" in family else None}
     budget = _budget_of(fsr_config)
     repo_id = repo_id or f"{data['code']['organization']}/{name}-fsr"
+    revision = revision or f"v{__version__}"
     table = data["paper"]["tables"][facts.get("table", family["table"])]
     is_reported = "table" in facts
     has_relevance = fsr_config.get("relevance") != "none" and fsr_config.get("text_encoder_config") is not None
@@ -143,7 +145,7 @@ def render_card(
     measured = facts.get("measured", [])
     if measured:
         metadata["model_name"] = repo_id.rpartition("/")[2]
-        metadata["eval_results"] = _eval_results(measured, family["pipeline_tag"])
+        metadata["eval_results"] = _eval_results(measured, family["pipeline_tag"], repo_id, revision)
     card = ModelCardData(
         base_model=base_model,
         base_model_relation="finetune" if base_model else None,
@@ -179,7 +181,7 @@ def render_card(
         text_encoder_licence=data["text_encoders"][text_encoder]["licence"] if text_encoder else None,
         licence=licence,
         repo_id=repo_id,
-        revision=revision or f"v{__version__}",
+        revision=revision,
         install=_install(family["requires"]),
     )
 
@@ -231,13 +233,14 @@ def read_base(source: str | os.PathLike, folder: Path) -> tuple[str | None, dict
 
 
 def address_card(folder: str | os.PathLike, repo_id: str, revision: str) -> None:
-    """Make the examples of the card in `folder` load `repo_id` at `revision`; the rest of it stays as it is."""
+    """Make the card in `folder` speak of `repo_id` at `revision`; the rest of it stays as it is."""
     file = Path(folder) / "README.md"
     text = file.read_text(encoding="utf-8")
-    place = re.search(r'^repo, revision = "([^"/]+)/[^"]*", "[^"]*"$', text, flags=re.MULTILINE)
+    place = re.search(r'^repo, revision = "(([^"/]+)/[^"]*)", "([^"]*)"$', text, flags=re.MULTILINE)
     if place is not None:
         text = text.replace(place[0], f'repo, revision = "{repo_id}", "{revision}"')
-        text = text.replace(f'push_to_hub("{place[1]}/', f'push_to_hub("{repo_id.partition("/")[0]}/')
+        text = text.replace(f'push_to_hub("{place[2]}/', f'push_to_hub("{repo_id.partition("/")[0]}/')
+        text = text.replace(f"/{place[1]}/blob/{place[3]}/", f"/{repo_id}/blob/{revision}/")
         file.write_text(text, encoding="utf-8")
 
 
@@ -319,10 +322,10 @@ def _measured_table(measured: Sequence[Mapping[str, Any]], item: str) -> str | N
     return _markdown_table(header, rows)
 
 
-def _eval_results(measured: Sequence[Mapping[str, Any]], task: str) -> list[EvalResult]:
+def _eval_results(measured: Sequence[Mapping[str, Any]], task: str, repo_id: str, revision: str) -> list[EvalResult]:
     """
     Our own measurements for the Hub's table of results. The paper's numbers are not among them: they come from other
-    code, and that table has no column to say so.
+    code, and that table has no column to say so. A source may be a file of the repository.
     """
     return [
         EvalResult(
@@ -332,17 +335,12 @@ def _eval_results(measured: Sequence[Mapping[str, Any]], task: str) -> list[Eval
             metric_type=entry["metric"]["type"],
             metric_name=f"{entry['metric']['name']} ({_budget_of(result)})",
             metric_value=result["value"],
-            **_link(entry["source"]),
+            source_name=entry["source"]["name"],
+            source_url=urljoin(f"https://huggingface.co/{repo_id}/blob/{revision}/", entry["source"]["url"]),
         )
         for entry in measured
         for result in entry["pruned"]
     ]
-
-
-def _link(source: Mapping[str, str]) -> dict[str, str]:
-    """A source as metadata has it, where only an address will do, not a file of the repository."""
-    is_address = source["url"].startswith("https://")
-    return {"source_name": source["name"], "source_url": source["url"]} if is_address else {}
 
 
 def _markdown_table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:

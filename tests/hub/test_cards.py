@@ -239,7 +239,7 @@ def test_the_numbers_of_the_trained_checkpoint_are_those_of_the_benchmark():
     result = json.loads((shapes_vqa_folder() / "quality.json").read_text(encoding="utf-8"))
     config = json.loads((shapes_vqa_folder() / "config.json").read_text(encoding="utf-8"))
     method = "fsr" if config["fsr_config"]["invert_relevance"] else "fsr-literal"
-    card = render_card("shapes-vqa")
+    card = render_card("shapes-vqa", revision="v1")
     text = section(card, "Measured with this code")
     accuracy = {row["budget"]: row["accuracy"] for row in result["results"] if row["method"] in ("unpruned", method)}
     unpruned = f"{100 * accuracy.pop(result['num_tokens']):.1f}"
@@ -249,7 +249,8 @@ def test_the_numbers_of_the_trained_checkpoint_are_those_of_the_benchmark():
     (model,) = card.data.to_dict()["model-index"]
     values = [metric["value"] for entry in model["results"] for metric in entry["metrics"]]
     assert values == [round(100 * value, 1) for value in accuracy.values()]
-    assert not any("source" in entry for entry in model["results"])  # it has no address before it is pushed
+    address = "https://huggingface.co/org/shapes-vqa-fsr/blob/v1/quality.json"
+    assert {entry["source"]["url"] for entry in model["results"]} == {address}
 
 
 def test_own_measurements_stand_apart(monkeypatch):
