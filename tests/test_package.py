@@ -1,6 +1,7 @@
 """The package as others see it: its names, what importing it needs, what its wheel holds."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -45,7 +46,7 @@ def test_basenames_are_unique():
 def test_import_needs_no_extra():
     script = """
 import json, sys
-for name in ("torchvision", "av", "peft", "skimage"):
+for name in ("torchvision", "av", "peft", "matplotlib", "triton"):
     sys.modules[name] = None
 import fsr_hf
 from transformers import AutoConfig
@@ -67,3 +68,37 @@ def test_wheel_holds_every_module(tmp_path):
     assert {path.relative_to(ROOT.parent).as_posix() for path in ROOT.rglob("*.py")} <= names
     assert f"{metadata}/licenses/LICENSE" in names
     assert not [name for name in names if not name.startswith(("fsr_hf/", metadata))]
+
+
+def test_wheel_holds_the_data(tmp_path):
+    """The trained checkpoint, the cards and the demo's pictures, where the package of an installed wheel finds them."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT.parent, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    script = """
+from fsr_hf.demo.run import PICTURES
+from fsr_hf.demo.shapes_vqa import shapes_vqa_folder
+from fsr_hf.hub.cards import card_folder
+print(shapes_vqa_folder() / "config.json", card_folder() / "cards.yaml", PICTURES / "questions.json", sep="\\n")
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    files = [Path(line) for line in done.stdout.splitlines()]
+    assert all(file.is_file() and file.is_relative_to(tmp_path / "installed") for file in files), files
+
+
+def test_an_editable_install_is_this_folder(tmp_path):
+    """What `make` begins with: pip asks the build backend for a wheel that only points here."""
+    script = "import sys; from hatchling.build import build_editable; build_editable(sys.argv[1])"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (pointer,) = [name for name in archive.namelist() if name.endswith(".pth")]
+        assert archive.read(pointer).decode().split() == [str(ROOT.parent)]

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from ..package_data import data_folder
+
 
 __all__ = ["shapes_vqa_folder"]
 
 
 def shapes_vqa_folder() -> Path:
-    """Its Hub folder: part of an installed package, and beside the package in its repository."""
-    package = Path(__file__).parents[1]
-    folders = (parent / "checkpoints" / "shapes-vqa" for parent in (package, package.parent))
-    return next(folder for folder in folders if folder.is_dir())
+    """Its Hub folder."""
+    return data_folder("checkpoints") / "shapes-vqa"

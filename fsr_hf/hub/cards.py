@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from packaging.requirements import Requirement
 
 from .. import __version__
+from ..package_data import data_folder
 
 
 __all__ = [
@@ -66,9 +67,8 @@ class Budget(NamedTuple):
 
 
 def card_folder() -> Path:
-    """The folder of template and data: part of an installed package, and beside the package in its repository."""
-    package = Path(__file__).parents[1]
-    return next(folder for folder in (package / "hub_cards", package.parent / "hub_cards") if folder.is_dir())
+    """The folder of template and data."""
+    return data_folder("hub_cards")
 
 
 @cache
