@@ -71,7 +71,7 @@ def test_wheel_holds_every_module(tmp_path):
 
 
 def test_wheel_holds_the_data(tmp_path):
-    """The trained checkpoint, the cards and the demo's pictures, where the package of an installed wheel finds them."""
+    """The trained checkpoint, the cards and the pictures of the demo, where an installed package finds them."""
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT.parent, check=True, capture_output=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")

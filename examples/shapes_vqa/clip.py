@@ -1,7 +1,8 @@
 """
 The first stage: a CLIP, trained contrastively on captions of windows of scenes, of close-ups, and of whole scenes.
 
-The close-ups of a batch show few pairs of shape and colour, so that the digits and letters tell their captions apart.
+Scenes with a held-out pair of shape and colour are left out. The close-ups of a batch show few pairs of shape and
+colour, so that the digits and letters tell their captions apart.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from .data import Object, caption
+from .data import HELD_OUT_PAIRS, Object, caption, common_area
 from .optimizer import MasterAdamW, train
 from .recipe import Recipe
 from .scenes import Scenes
@@ -79,11 +80,12 @@ def train_clip(
         texts = clip.text_projection(clip.text_model(input_ids=input_ids).pooler_output)
         return _contrastive_loss(images, texts, clip.logit_scale, keys)
 
-    by_pair = _by_pair(scenes)
+    captioned = _captioned(scenes)
+    by_pair = _by_pair(scenes, captioned)
 
     def make_batch(stage: int, batch: int, window: int, alike: bool, step: int):
         rng = np.random.default_rng((seed, stage, step))
-        drawn = _draw_alike(by_pair, batch, rng) if alike else _draw(scenes, batch, rng)
+        drawn = _draw_alike(by_pair, batch, rng) if alike else _draw(scenes, captioned, batch, rng)
         numbers = [number for number, _ in drawn]
         corners = [_place_window(item.box, window, side, recipe.patch_size, rng) for _, item in drawn]
         edge = window * recipe.patch_size
@@ -150,17 +152,22 @@ def _jitter(pixels: torch.Tensor) -> torch.Tensor:
     return ((pixels.float() - 128) * gain + 128 + shift).clamp(0, 255)
 
 
-def _draw(scenes: Scenes, batch: int, rng) -> list[tuple[int, Object]]:
+def _captioned(scenes: Scenes) -> np.ndarray:
+    """The numbers of the scenes without a held-out pair."""
+    return np.flatnonzero([HELD_OUT_PAIRS.isdisjoint(item.pair for item in objects) for objects in scenes.objects])
+
+
+def _draw(scenes: Scenes, captioned: np.ndarray, batch: int, rng) -> list[tuple[int, Object]]:
     """Scenes, and an object of each."""
-    numbers = rng.integers(len(scenes.objects), size=batch)
+    numbers = rng.choice(captioned, size=batch)
     return [(n, scenes.objects[n][rng.integers(len(scenes.objects[n]))]) for n in numbers]
 
 
-def _by_pair(scenes: Scenes) -> list[list[tuple[int, Object]]]:
+def _by_pair(scenes: Scenes, captioned: np.ndarray) -> list[list[tuple[int, Object]]]:
     """For each shape and colour, every object of it that has a character and is not hidden, with its scene."""
     found: dict[tuple[str, str], list[tuple[int, Object]]] = {}
-    for number, objects in enumerate(scenes.objects):
-        for item in objects:
+    for number in captioned:
+        for item in scenes.objects[number]:
             if item.character is not None and item.visible > 0.95:
                 found.setdefault(item.pair, []).append((number, item))
     return [found[pair] for pair in sorted(found)]
@@ -185,11 +192,9 @@ def _place_window(box: tuple[int, ...], window: int, side: int, patch: int, rng)
     return corner(left, right), corner(top, bottom)
 
 
-def _share(box, left: int, top: int, edge: int) -> float:
+def _share(box: tuple[int, ...], left: int, top: int, edge: int) -> float:
     """The share of a box that a window shows."""
-    width = min(box[2], left + edge) - max(box[0], left)
-    height = min(box[3], top + edge) - max(box[1], top)
-    return max(width, 0) * max(height, 0) / ((box[2] - box[0]) * (box[3] - box[1]))
+    return common_area(box, (left, top, left + edge, top + edge)) / common_area(box, box)
 
 
 def _text_length(window: int, side: int) -> int:

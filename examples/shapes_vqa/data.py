@@ -2,8 +2,8 @@
 Shapes-VQA: drawn scenes with captions and with questions about them, unlimited and without a download.
 
 A scene is a background, some clutter, and one to five objects: a shape in a colour, of any size, with or without a
-digit or a letter on it, in part hidden by another. Each scene is drawn from its seed alone. A few pairs of shape and
-colour, `HELD_OUT_PAIRS`, are in no scene of the training split.
+digit or a letter on it, in part hidden by another. Each scene is drawn from its seed alone. CLIP is trained without
+the scenes that have one of a few pairs of shape and colour, `HELD_OUT_PAIRS`: no caption tells it of them.
 
     python -m examples.shapes_vqa.data --seed 7 --out scene.png
 """
@@ -29,6 +29,7 @@ __all__ = [
     "Scene",
     "ask_questions",
     "caption",
+    "common_area",
     "held_out_questions",
     "make_scene",
     "place_objects",
@@ -65,7 +66,10 @@ _SUPERSAMPLING = 2
 
 @dataclass(frozen=True)
 class Object:
-    """`box` is (left, top, right, bottom) in pixels; `visible` is the share of it that no later object hides."""
+    """
+    `box` is (left, top, right, bottom) in pixels; no less than `visible`, a share of the box, is hidden by no later
+    object's box.
+    """
 
     shape: str
     color: str
@@ -108,24 +112,24 @@ def make_scene(seed: int, size: int = 144, split: str = "train") -> Scene:
     Args:
         seed (`int`): From 0 on, in either split.
         size (`int`, *optional*, defaults to 144): Width and height of the picture in pixels.
-        split (`str`, *optional*, defaults to `"train"`): `"train"` or `"test"`. Only `"test"` has the held-out pairs.
+        split (`str`, *optional*, defaults to `"train"`): `"train"` or `"test"`. They have no scene in common.
     """
     if split not in ("train", "test"):
         raise ValueError(f"`split` must be 'train' or 'test', but it is {split!r}.")
     rng = np.random.default_rng(seed + (_TEST_SEEDS if split == "test" else 0))
-    objects = _place(rng, split)
+    objects = _place(rng)
     return Scene(_draw(rng, objects, size), tuple(_scaled(item, size) for item in objects))
 
 
 def place_objects(seed: int, size: int = 144) -> tuple[Object, ...]:
     """The objects of the scene of a seed of the training split, without drawing it."""
-    return tuple(_scaled(item, size) for item in _place(np.random.default_rng(seed), "train"))
+    return tuple(_scaled(item, size) for item in _place(np.random.default_rng(seed)))
 
 
 _UNIT = 144  # objects are placed on a square of this size
 
 
-def _place(rng: np.random.Generator, split: str) -> list[Object]:
+def _place(rng: np.random.Generator) -> list[Object]:
     count = int(rng.choice(5, p=[0.1, 0.2, 0.25, 0.25, 0.2])) + 1
     # Few shapes or few colours give questions that only shape and colour together answer.
     shapes = rng.permutation(SHAPES)[: rng.integers(2, 7)] if rng.random() < 0.5 else SHAPES
@@ -138,7 +142,7 @@ def _place(rng: np.random.Generator, split: str) -> list[Object]:
         extent = int(rng.integers(30, 51))
         left, top = (int(value) for value in rng.integers(2, _UNIT - extent - 1, size=2))
         box = (left, top, left + extent, top + extent)
-        if (split == "train" and pair in HELD_OUT_PAIRS) or any(_overlap(box, other.box) > 0.12 for other in placed):
+        if any(_overlap(box, other.box) > 0.12 for other in placed):
             continue
         character = None
         if extent >= 36 and rng.random() < 0.7:
@@ -154,10 +158,14 @@ def _place(rng: np.random.Generator, split: str) -> list[Object]:
 
 def _overlap(box, other) -> float:
     """The share of the smaller one of two boxes that they have in common."""
+    return common_area(box, other) / min(common_area(box, box), common_area(other, other))
+
+
+def common_area(box: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """What two boxes have in common, in square pixels."""
     width = min(box[2], other[2]) - max(box[0], other[0])
     height = min(box[3], other[3]) - max(box[1], other[1])
-    smaller = min((b[2] - b[0]) * (b[3] - b[1]) for b in (box, other))
-    return max(width, 0) * max(height, 0) / smaller
+    return max(width, 0) * max(height, 0)
 
 
 def _scaled(item: Object, size: int) -> Object:

@@ -17,7 +17,7 @@ class Recipe:
 
     image_size: int = 144
     patch_size: int = 12
-    num_scenes: int = 40_000
+    num_scenes: int = 60_000
     # CLIP
     vision_width: int = 192
     vision_layers: int = 6
@@ -25,10 +25,10 @@ class Recipe:
     text_layers: int = 2
     projection_dim: int = 128
     crop_batch: int = 256
-    crop_steps: int = 2_400  # on windows of a quarter of the picture
-    close_steps: int = 1_100  # on close-ups of objects that differ in little
+    crop_steps: int = 2_000  # on windows of a quarter of the picture
+    close_steps: int = 2_000  # on close-ups of objects that differ in little
     scene_batch: int = 128
-    scene_steps: int = 200  # on whole pictures
+    scene_steps: int = 300  # on whole pictures
     clip_learning_rate: float = 1.2e-3
     # LLaVA
     width: int = 256
@@ -36,7 +36,7 @@ class Recipe:
     layers: int = 6
     sequence: int = 352  # a picture and as many questions as fit
     answer_batch: int = 32
-    answer_steps: int = 1_900
+    answer_steps: int = 5_000
     learning_rate: float = 1.2e-3
 
     @property
@@ -49,7 +49,6 @@ RECIPES = {
     # As many visual tokens as LLaVA-1.5 has, and longer.
     "gpu": Recipe(
         image_size=288,
-        num_scenes=60_000,
         crop_batch=512,
         crop_steps=6_000,
         close_steps=6_000,
