@@ -33,7 +33,8 @@ check: .venv/.installed
 	.venv/bin/mypy
 	.venv/bin/python -m fsr_hf.hub.card_checks
 
-checkpoint: .venv/.installed  # after a change of the code that it carries along
+checkpoint: .venv/.installed  # after a change of the code or of the results that it carries along
+	cp docs/quality.json checkpoints/shapes-vqa/quality.json
 	rm -rf build/shapes-vqa-new && mkdir -p build
 	.venv/bin/fsr-hf export checkpoints/shapes-vqa build/shapes-vqa-new --base-model shapes-vqa
 	rm -rf checkpoints/shapes-vqa

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionRotaryEmbedding
 
 from fsr_hf import VisualSelection, select_visual_tokens
-from fsr_hf.bench import Method, format_result, measure, quartiles, random_selection, synchronize
-from fsr_hf.machine import machine_name, package_versions
+from fsr_hf.bench import Method, as_selection, format_result, measure, quartiles, random_selection, synchronize
+from fsr_hf.machine import provenance
 from fsr_hf.modeling.pools import select_from_pools
 from fsr_hf.modeling.prompt import lay_out
 
@@ -131,13 +131,9 @@ def as_selector(select: Callable) -> Callable[..., VisualSelection]:
             raise ValueError("Peers take pools of one size and one budget: measure them on prompts that are alike.")
         features_kept, indices = select(features, saliency, relevance, num_visual_tokens)
         indices, order = indices.sort(dim=-1)
-        return VisualSelection(
-            indices=indices,
-            is_focus=torch.zeros_like(indices, dtype=torch.bool),
-            features=features_kept.gather(1, order[..., None].expand_as(features_kept)),
-            priority=features.new_zeros(features.shape[:2], dtype=torch.float32),
-            merged_into=torch.full(features.shape[:2], -1, device=features.device),
-        )
+        selection = as_selection(features, indices)
+        selection.features = features_kept.gather(1, order[..., None].expand_as(features_kept))
+        return selection
 
     return run
 
@@ -226,6 +222,9 @@ def measure_selection(size: str, device: str, options: argparse.Namespace) -> li
                 "batch": batch,
                 "dtype": str(dtype).removeprefix("torch."),
                 "focus_tokens": int(select_visual_tokens(*arguments).is_focus.sum()) / batch,
+                "own_products": quartiles([time_products(calls["FSR"]) for _ in range(5)])
+                if device == "cpu"
+                else None,
                 "methods": [
                     {"method": name, "time": quartiles(seconds), "peak_bytes": peaks.get(name)}
                     for name, seconds in times.items()
@@ -238,6 +237,14 @@ def measure_selection(size: str, device: str, options: argparse.Namespace) -> li
         )
         print(f"selection, {tokens} -> {kept}, batch of {batch}, ms: {medians}", flush=True)
     return results
+
+
+def time_products(call: Callable[[], Any]) -> float:
+    """Seconds that a call spends in matrix products on the CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        call()
+    products = ("aten::mm", "aten::bmm", "aten::addmm")
+    return sum(event.self_cpu_time_total for event in profiler.key_averages() if event.key in products) / 1e6
 
 
 def time_calls(
@@ -360,10 +367,6 @@ def _meta_prefill(model, ids: torch.Tensor, items, features: torch.Tensor, kept:
     outputs = model.model.language_model(inputs_embeds=embeds, use_cache=True)
     model.lm_head(outputs.last_hidden_state[:, -1:])
     return outputs.past_key_values
-
-
-def provenance() -> dict[str, Any]:
-    return {"machine": machine_name(), "versions": package_versions(), "threads": torch.get_num_threads()}
 
 
 # ---------------------------------------------------------------------- the command

@@ -1,15 +1,17 @@
 """
-docs/efficiency.md from the results: the tables between `<!-- begin NAME -->` and `<!-- end NAME -->`, and the plots.
-What stands around them is written by hand.
+The tables and the plots of docs/efficiency.md, from the results.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fsr_hf.bench import speed_up
+from fsr_hf.hub.cards import markdown_table
+
+from .pages import fill
 
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +27,7 @@ DEVICES = {"cuda": "GPU", "cpu": "CPU"}
 OWN_SHARE = {"cuda": 0.03, "cpu": 0.05}
 # Milliseconds on one H200, by tokens and kept tokens.
 SELECTION_MS = {(576, 64): 0.3, (2880, 640): 1.5, (6272, 1254): 8.0}
+OVER_PRODUCTS = 1.5
 SERIES = {"fixed": "K = 64", "share": "K = N / 9", "kept": "N = 9,216"}
 
 
@@ -35,12 +38,6 @@ def load(name: str, results: Path = RESULTS) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------- pieces of Markdown
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def missing(device: str) -> str:
@@ -98,13 +95,13 @@ def flops_block(results: Path) -> str:
                 ]
             )
     head = ["model", "visual tokens", "prompt", "TFLOPs", "TMACs", "FLOPs ratio", "KV MiB", "of visual tokens"]
-    return table(head, rows) + "\n\n" + provenance(counted)
+    return markdown_table(head, rows) + "\n\n" + provenance(counted)
 
 
 def paper_block(results: Path) -> str:
     paper = load("paper", results)
     rows = [[name, *(f"{value:g}" for value in values)] for name, values in paper["rows"].items()]
-    return table(["method", *paper["columns"]], rows) + f"\n\n*{paper['source']}.*"
+    return markdown_table(["method", *paper["columns"]], rows) + f"\n\n*{paper['source']}.*"
 
 
 def prefill_block(results: Path, device: str) -> str:
@@ -141,7 +138,8 @@ def prefill_block(results: Path, device: str) -> str:
         parts.append(
             f"**{title(result)}**: {result['parameters'] / 1e6:,.0f} M weights in {result['dtype']}, "
             f"{result['attention']} attention; {prompt['candidates']:,} visual tokens and {prompt['text']} of text "
-            f"in a row; {result['repeats']} rounds.\n\n" + table([*head, *(["peak GB"] if has_peak else [])], rows)
+            f"in a row; {result['repeats']} rounds.\n\n"
+            + markdown_table([*head, *(["peak GB"] if has_peak else [])], rows)
         )
     image = f"![Speed-up of the prefill against kept tokens](efficiency-{device}.webp)"
     return "\n\n".join([image, *parts, provenance(found)])
@@ -168,7 +166,7 @@ def stages_block(results: Path, device: str) -> str:
         rows.append(row)
     head = ["ms (of the unpruned prefill)"]
     head += [f"{title(result)}, {result['stages']['visual_tokens']:,} kept" for result in found]
-    return table(head, rows) + "\n\n" + provenance(found)
+    return markdown_table(head, rows) + "\n\n" + provenance(found)
 
 
 def selection_block(results: Path, device: str) -> str:
@@ -181,10 +179,12 @@ def selection_block(results: Path, device: str) -> str:
         head.append(f"{pool['tokens']:,} → {pool['kept']:,}, D = {pool['hidden_size']:,}{batch}")
     rows = []
     for number, method in enumerate(found[0]["methods"]):
-        name = "matrix products of FSR" if method["method"] == "products" else method["method"]
+        name = "least matrix products" if method["method"] == "products" else method["method"]
         rows.append([name, *(spread(pool["methods"][number]["time"]) for pool in found)])
+    if all(pool.get("own_products") for pool in found):
+        rows.append(["matrix products within FSR", *(spread(pool["own_products"]) for pool in found)])
     rows.append(["Focus tokens of FSR", *(f"{pool['focus_tokens']:,.0f}" for pool in found)])
-    return table(head, rows) + "\n\n" + provenance(found)
+    return markdown_table(head, rows) + "\n\n" + provenance(found)
 
 
 def growth_block(results: Path, device: str) -> str:
@@ -207,7 +207,7 @@ def growth_block(results: Path, device: str) -> str:
         )
         left_out += [f"{point['tokens']:,} → {point['kept']:,} ({point['reason']})" for point in series["left_out"]]
     head = ["series", "range", "time grows as", "memory grows as", "ms at its end", "MiB at its end"]
-    parts = [f"![Time and memory of selection](growth-{device}.webp)", table(head, rows)]
+    parts = [f"![Time and memory of selection](growth-{device}.webp)", markdown_table(head, rows)]
     if left_out:
         parts.append("Left out: " + "; ".join(left_out) + ".")
     return "\n\n".join([*parts, provenance(growth.values())])
@@ -230,7 +230,7 @@ def targets_block(results: Path) -> str:
             unpruned, fsr = result["methods"][0], smallest(result)
             part = speed_up(unpruned, fsr)["median"] * fsr["flops"] / unpruned["flops"]
             target = f"{label}: prefill speed-up at least 90 % of the FLOPs ratio"
-            rows.append([target, title(result), f"{part:.0%}", verdict(part >= 0.9)])
+            rows.append([target, title(result), f"{part:.1%}", verdict(part >= 0.9)])
         for result in cases(efficiency):
             if device == "cuda" and "2048" in result["model"]:
                 half = next(method for method in result["methods"] if method["method"] == "FSR")
@@ -255,6 +255,10 @@ def targets_block(results: Path) -> str:
             slower = [peer for peer, seconds in peers.items() if seconds < times["FSR"]]
             value = "faster than all" if not slower else f"slower than {', '.join(slower)}"
             rows.append([f"{label}: faster than every peer's selector", name, value, verdict(not slower)])
+            if pool.get("own_products"):
+                multiple = times["FSR"] / pool["own_products"]["median"]
+                target = f"{label}: selection at most {OVER_PRODUCTS} times as long as its own matrix products"
+                rows.append([target, name, f"{multiple:.2f}", verdict(multiple <= OVER_PRODUCTS)])
             limit = SELECTION_MS.get((pool["tokens"], pool["kept"]))
             if device == "cuda" and limit is not None and pool["batch"] == 1:
                 value = f"{times['FSR'] * 1e3:.3f} ms"
@@ -262,7 +266,7 @@ def targets_block(results: Path) -> str:
                 rows.append([target, name, value, verdict(times["FSR"] * 1e3 <= limit)])
     if not rows:
         return "*Nothing is measured yet.*"
-    return table(["target", "measured on", "value", "met"], rows)
+    return markdown_table(["target", "measured on", "value", "met"], rows)
 
 
 OURS = ("FSR", "FSR, one Focus token", "random", "products")
@@ -360,7 +364,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "paper": paper_block,
     "flops": flops_block,
     **{
-        f"{name}-{device}": (lambda results, block=block, device=device: block(results, device))
+        f"{name}-{device}": partial(block, device=device)
         for name, block in (
             ("prefill", prefill_block),
             ("stages", stages_block),
@@ -372,22 +376,15 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
 }
 
 
-def fill(text: str, results: Path = RESULTS) -> str:
-    """The page with its blocks written anew; a block that nothing fills, or a name that is no block, is an error."""
-
-    def write(match: re.Match) -> str:
-        return f"<!-- begin {match[1]} -->\n{BLOCKS[match[1]](results)}\n<!-- end {match[1]} -->"
-
-    names = re.findall(r"<!-- begin (\S+) -->", text)
-    if sorted(names) != sorted(BLOCKS):
-        raise ValueError(f"The page must have each of the blocks {sorted(BLOCKS)} once, but it has {sorted(names)}.")
-    return re.sub(r"<!-- begin (\S+) -->\n.*?<!-- end \1 -->", write, text, flags=re.DOTALL)
+def fill_blocks(text: str, results: Path = RESULTS) -> str:
+    """The page with its blocks written anew."""
+    return fill(text, {name: partial(block, results) for name, block in BLOCKS.items()})
 
 
 def write_docs(results: Path = RESULTS, docs: Path = DOCS) -> None:
     """Write the tables of docs/efficiency.md and its plots anew."""
     page = docs / "efficiency.md"
-    page.write_text(fill(page.read_text(encoding="utf-8"), results), encoding="utf-8")
+    page.write_text(fill_blocks(page.read_text(encoding="utf-8"), results), encoding="utf-8")
     for device in DEVICES:
         plot_prefill(results, device, docs / f"efficiency-{device}.webp")
         plot_growth(results, device, docs / f"growth-{device}.webp")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from fsr_hf import select_visual_tokens
 from fsr_hf.bench import quartiles, synchronize
-from fsr_hf.machine import machine_name, package_versions
+from fsr_hf.machine import provenance
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -137,9 +137,7 @@ def measure_series(axis: str, points: list[tuple[int, int]], options: argparse.N
         "memory_exponent": exponent(sizes, peaks),
         "hidden_size": options.hidden_size,
         "dtype": "bfloat16" if options.device == "cuda" else "float32",
-        "machine": machine_name(),
-        "versions": package_versions(),
-        "threads": torch.get_num_threads(),
+        **provenance(),
     }
 
 

@@ -44,7 +44,7 @@ from benchmarks.selectors import (
 from examples.shapes_vqa.data import KINDS, Question, Scene, held_out_questions
 from fsr_hf import FSRConfig, FSRLlavaConfig, FSRLlavaForConditionalGeneration, FSRLlavaProcessor, select_visual_tokens
 from fsr_hf.demo.shapes_vqa import shapes_vqa_folder
-from fsr_hf.machine import machine_name, package_versions
+from fsr_hf.machine import provenance
 
 
 __all__ = ["BUDGETS", "METHODS", "Batch", "Method", "encode", "focus_sizes", "is_right", "measure", "object_patches"]
@@ -671,10 +671,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": options.device,
-        "num_threads": torch.get_num_threads(),
         "seconds": round(time.perf_counter() - started, 1),
-        "versions": package_versions(),
-        "machine": machine_name(),
+        **provenance(),
     }
     for line in report(result):
         print(line)
@@ -694,7 +692,7 @@ def report(result: dict[str, Any]) -> Iterator[str]:
         yield f"{name:24}" + "".join(cells)
     yield (
         f"{len(result['seeds'])} x {result['questions']} questions, {result['model']} in {result['dtype']}, "
-        f"{result['seconds']:.0f} s on {result['machine']}, {result['num_threads']} threads; generate() agrees on "
+        f"{result['seconds']:.0f} s on {result['machine']}, {result['threads']} threads; generate() agrees on "
         f"{result['checked']['agree']} of {result['checked']['answers']} answers."
     )
 

@@ -1,16 +1,17 @@
 """
-The tables and the plot of docs/quality.md, from the JSON of a run. What stands between two comments of the page, as in
-`<!-- generated: accuracy -->` and `<!-- end -->`, is written anew; the words around it are by hand.
+The tables and the plot of docs/quality.md, from the JSON of a run.
 
     python -m benchmarks.quality --docs --json docs/quality.json
 """
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import fill
 from benchmarks.quality import LEAST_ACCURACY, METHODS
+from fsr_hf.hub.cards import markdown_table
 
 
 __all__ = ["BLOCKS", "draw_plot", "write_page"]
@@ -26,18 +27,9 @@ def write_page(result: dict[str, Any], page: Path = DOCS / "quality.md") -> None
     Write the generated parts of the page, and the plot beside it.
 
     Raises:
-        `ValueError`: if the page lacks a block, or has one that nobody generates.
+        `ValueError`: if the page lacks a block, or has one that nothing fills.
     """
-    text = page.read_text(encoding="utf-8")
-    found = re.findall(r"<!-- generated: (\S+) -->", text)
-    if sorted(found) != sorted(BLOCKS):
-        raise ValueError(
-            f"{page} must have each of these blocks once: {', '.join(BLOCKS)}; it has {', '.join(found)}."
-        )
-    for name, make in BLOCKS.items():
-        head, _, rest = text.partition(f"<!-- generated: {name} -->\n")
-        _, end, rest = rest.partition("<!-- end -->")
-        text = f"{head}<!-- generated: {name} -->\n{make(result)}\n{end}{rest}"
+    text = fill(page.read_text(encoding="utf-8"), {name: partial(make, result) for name, make in BLOCKS.items()})
     draw_plot(result, page.with_suffix(".webp"))
     page.write_text(text, encoding="utf-8")
 
@@ -53,7 +45,7 @@ def _setup(result) -> str:
         f"{result['num_tokens']} visual tokens a picture. Model: `{result['model']}`, "
         f"{result['num_parameters'] / 1e6:.1f} M weights in {result['dtype']}. `generate()` from pixels gives the "
         f"same verdict on {result['checked']['agree']} of {result['checked']['answers']} answers asked both ways. "
-        f"{result['machine']}, {result['num_threads']} threads; {versions}. The run took {_time(result['seconds'])}."
+        f"{result['machine']}, {result['threads']} threads; {versions}. The run took {_time(result['seconds'])}."
     )
 
 
@@ -83,7 +75,7 @@ def _kinds(result) -> str:
     budget = min(budgets, key=lambda budget: abs(budget - result["num_tokens"] / 9))
     rows = [row for row in result["results"] if row["budget"] == budget or row["method"] == "unpruned"]
     kinds = list(rows[0]["by_kind"])
-    return f"With {budget} of {result['num_tokens']} tokens.\n\n" + _table(
+    return f"With {budget} of {result['num_tokens']} tokens.\n\n" + markdown_table(
         ["", *kinds, "all"],
         (
             [
@@ -124,7 +116,7 @@ def _focus(result) -> str:
                     tokens = "" if name == "fsr-mass-budget" else f"{of_budget[0]['tokens']:.0f}"
                     yield [method.label, words, tokens, *map(cell, of_budget)]
 
-    return _table(["", "question", "tokens that hold ρ", *(f"K = {budget}" for budget in budgets)], lines())
+    return markdown_table(["", "question", "tokens that hold ρ", *(f"K = {budget}" for budget in budgets)], lines())
 
 
 def _recall(result) -> str:
@@ -141,7 +133,7 @@ def _sign(result) -> str:
     }
     areas = result["sign"]["auc"]
     kinds = list(areas["question"]["by_kind"])
-    table = _table(
+    table = markdown_table(
         ["score", "AUC", "95 % interval", *kinds],
         (
             [
@@ -196,7 +188,7 @@ def _by_budget(result, names: list[str], cell: Callable[[Row], str], unpruned: b
         lines.insert(
             0, [METHODS["unpruned"].label, f"{whole} (all {result['num_tokens']})", *[""] * (len(budgets) - 1)]
         )
-    return _table(heads, lines)
+    return markdown_table(heads, lines)
 
 
 def _difference(row: Row) -> str:
@@ -212,11 +204,6 @@ def _percent(value: float | None, count: int = 1) -> str:
 
 def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
-
-
-def _table(heads: list[str], lines: Iterable[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(heads) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *lines))
 
 
 # ---------------------------------------------------------------- plot

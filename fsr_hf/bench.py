@@ -25,9 +25,10 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
+from .configuration.configuration_fsr import FSRConfig
 from .demo.small_llava import export_small_llava
 from .explain import check_fsr_model, load_visual
-from .machine import machine_name, package_versions
+from .machine import provenance
 from .modeling import clip_tower, fsr, pools
 from .modeling.fsr import VisualSelection
 from .processing.processing_fsr_llava_video import sample_frames
@@ -85,6 +86,10 @@ class Method:
         if self.budget is None:
             return {"fsr_enabled": False}
         return {"num_visual_tokens" if isinstance(self.budget, int) else "retention_ratio": self.budget}
+
+    def kept(self, candidates: int) -> int:
+        """How many of the visual tokens of an image or video it keeps."""
+        return candidates if self.budget is None else FSRConfig(**self.options).budget(candidates)
 
 
 def parse_budgets(text: str) -> list[int | float]:
@@ -369,7 +374,7 @@ def measure(
     device = model.device
     prompt = _describe_prompt(model, inputs)
     for method in methods:
-        if method.budget is not None and _kept(method.budget, prompt["candidates"]) >= prompt["candidates"]:
+        if method.budget is not None and method.kept(prompt["candidates"]) == prompt["candidates"]:
             raise ValueError(
                 f"A budget of {method.budget} would prune nothing: the prompt has {prompt['candidates']} visual "
                 "tokens for each image or video. Choose a smaller one."
@@ -377,7 +382,7 @@ def measure(
     ours = [method for method in methods if method.budget is not None and method.selector is None]
     stages_of = None
     if stages and ours:
-        stages_of = min(ours, key=lambda method: _kept(method.budget, prompt["candidates"]))
+        stages_of = min(ours, key=lambda method: method.kept(prompt["candidates"]))
     runs: dict[int, list[dict[str, Any]]] = {number: [] for number in range(len(methods))}
     stage_runs: list[dict[str, float]] = []
     clock = StageClock(device)
@@ -416,7 +421,6 @@ def measure(
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "attention": model.config.get_text_config()._attn_implementation,
-        "threads": torch.get_num_threads(),
         "prompt": prompt,
         "repeats": rounds,
         "methods": [
@@ -433,16 +437,8 @@ def measure(
         "stages": None
         if stages_of is None
         else _summarize_stages(counted[methods.index(stages_of)], stages_of, stage_runs),
-        "machine": machine_name(),
-        "versions": package_versions(),
+        **provenance(),
     }
-
-
-def _kept(budget: int | float | None, candidates: int) -> int:
-    """How many of the candidates a budget keeps; it may be more than there are."""
-    if budget is None:
-        return candidates
-    return budget if isinstance(budget, int) else max(1, round(budget * candidates))
 
 
 def _describe_prompt(model, inputs: Mapping[str, Any]) -> dict[str, int]:

@@ -3,11 +3,12 @@
 import os
 import platform
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
 
-__all__ = ["machine_name", "package_versions"]
+__all__ = ["machine_name", "package_versions", "provenance"]
 
 
 def machine_name() -> str:
@@ -26,3 +27,8 @@ def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a time or an answer depends on."""
     packages = ("fsr-hf", "torch", "transformers")
     return {"python": platform.python_version()} | {package: version(package) for package in packages}
+
+
+def provenance() -> dict[str, Any]:
+    """What goes with a measurement: `machine`, `versions` and the number of `threads` that torch uses on the CPU."""
+    return {"machine": machine_name(), "versions": package_versions(), "threads": torch.get_num_threads()}

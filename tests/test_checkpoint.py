@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +62,8 @@ def test_the_folder_is_what_an_export_makes():
     command = [sys.executable, "-m", "fsr_hf.cli", "verify", str(FOLDER)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    measured = Path(__file__).parents[1] / "docs" / "quality.json"
+    assert (FOLDER / "quality.json").read_bytes() == measured.read_bytes()
     model = AutoModelForImageTextToText.from_pretrained(FOLDER)
     assert model.dtype == torch.bfloat16
     assert model.config.fsr_config.num_visual_tokens == model.config.image_seq_length // 9

@@ -14,7 +14,8 @@ import torch
 
 __all__ = ["is_on_host", "scan_on_host"]
 
-_SMALL = 256  # tokens up to which all pairs are computed at once
+_SMALL = 256  # tokens up to which one anchor after the other is as fast
+_MEDIUM = 1024  # tokens up to which all pairs follow where a small pool had few anchors
 _TILE = 64  # columns of a product, a multiple of what every library computes alike
 _ROWS = 16  # the same for rows
 _MIN_POOL, _MAX_POOL = 128, 512
@@ -83,24 +84,35 @@ class _Pool:
         self.scale = norm.reciprocal_()
         # The last, incomplete tile of a product may be rounded in another way: equal tokens would differ.
         self.tokens = _pad(self.tokens, _TILE)
+        self.pairs = None  # cosines of all tokens to all, once they are needed
 
         self.nearest = torch.full((self.num_tokens,), -1)
         self.similarity = torch.full((self.num_tokens,), -torch.inf)
         # Cosine of each token to the closest one chosen so far; infinity takes a token out of the choice.
         self.closest = torch.full((self.num_tokens,), -1.0)
         for block in focus.split(_MAX_POOL):
-            self.closest = torch.maximum(self.closest, self._cosines(block).amax(0))
+            self.closest = torch.maximum(self.closest, self._to_all(block).amax(0))
         self.closest.masked_fill_(~mask, torch.inf)[focus] = torch.inf
 
-    def _cosines(self, chosen: torch.Tensor, among: torch.Tensor | None = None) -> torch.Tensor:
-        """Cosines of the tokens `chosen` to all, or to those `among` all: `(chosen, tokens)`."""
-        rows = _pad(self.tokens[chosen], _ROWS)
-        if among is None:
-            columns, scale = self.tokens, self.scale
-        else:
-            columns, scale = _pad(self.tokens[among], _TILE), self.scale[among]
-        cosines = (rows @ columns.mT)[: len(chosen), : len(scale)]
-        cosines.mul_(scale).mul_(self.scale[chosen, None]).clamp_(-1.0, 1.0)
+    def _to_all(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Cosines of the tokens `chosen` to all, `(chosen, num_tokens)`."""
+        if self.pairs is not None:
+            return self.pairs[chosen]
+        rows = _pad(self.tokens.index_select(0, chosen), _ROWS)
+        return self._scaled(rows @ self.tokens.mT, self.scale[chosen], self.scale)
+
+    def _among(self, pool: torch.Tensor) -> torch.Tensor:
+        """Cosines of the tokens of a pool, ascending, to each other, `(pool, pool)`."""
+        if len(pool) < self.num_tokens:
+            tokens = _pad(self.tokens.index_select(0, pool), _TILE)
+            return self._scaled(tokens @ tokens.mT, self.scale[pool], self.scale[pool])
+        if self.pairs is None:
+            self.pairs = self._scaled(self.tokens @ self.tokens.mT, self.scale, self.scale)
+        return self.pairs
+
+    def _scaled(self, products: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """From products to cosines, without the padding. `rows` and `columns` are the scales of both sides."""
+        cosines = products[: len(rows), : len(columns)].mul_(columns).mul_(rows[:, None]).clamp_(-1.0, 1.0)
         return cosines if self.is_all_finite else cosines.nan_to_num_(nan=-1.0)
 
     def choose(self, number: int) -> torch.Tensor:
@@ -114,21 +126,23 @@ class _Pool:
             order = self.closest.sort(stable=True)
             pool = order.indices[:size].sort().values  # ascending: the first of equal ones has the lowest index
             bound = (float(order.values[size]), int(order.indices[size])) if size < self.num_tokens else (torch.inf, 0)
-            pairs = self._cosines(pool, pool)
+            pairs = self._among(pool)
             most = number if size == self.num_tokens else min(number, size // 2)
             chosen = pool[_farthest_first(self.closest[pool], pairs, pool.tolist(), bound, most)]
             anchors.append(chosen)
             self._add(chosen.sort().values)
             number -= len(chosen)
             spent += size**2 + len(chosen) * self.num_tokens
-            if len(chosen) < size // 4:
+            if len(chosen) < size // 16 and self.num_tokens <= _MEDIUM:
+                size = self.num_tokens
+            elif len(chosen) < size // 4:
                 size = min(2 * size, max(_MAX_POOL, size), self.num_tokens)
         return torch.cat(anchors)
 
     def _add(self, chosen: torch.Tensor) -> None:
         """Make the tokens `chosen`, ascending, anchors."""
         for block in chosen.split(_MAX_POOL):
-            cosines = self._cosines(block)
+            cosines = self._to_all(block)
             self.closest = torch.maximum(self.closest, cosines.amax(0))
             if not self.is_all_finite:
                 cosines.masked_fill_(~self.is_finite[block, None], -torch.inf)

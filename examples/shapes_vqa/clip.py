@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import normalize
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from fsr_hf.demo.small_llava import clip_config
 
 from .data import HELD_OUT_PAIRS, Object, caption, common_area
 from .optimizer import MasterAdamW, train
@@ -20,46 +23,14 @@ from .recipe import Recipe
 from .scenes import Scenes
 
 
-__all__ = ["MEAN", "STD", "make_clip", "pixel_values", "train_clip"]
-
-# CLIP's own.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def make_clip(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIPModel:
-    head_dim = 64
-    return CLIPModel(
-        CLIPConfig(
-            projection_dim=recipe.projection_dim,
-            vision_config={
-                "hidden_size": recipe.vision_width,
-                "intermediate_size": 4 * recipe.vision_width,
-                "num_hidden_layers": recipe.vision_layers,
-                "num_attention_heads": recipe.vision_width // head_dim,
-                "image_size": recipe.image_size,
-                "patch_size": recipe.patch_size,
-                "projection_dim": recipe.projection_dim,
-            },
-            text_config={
-                "hidden_size": recipe.text_width,
-                "intermediate_size": 4 * recipe.text_width,
-                "num_hidden_layers": recipe.text_layers,
-                "num_attention_heads": recipe.text_width // head_dim,
-                "max_position_embeddings": 77,
-                "projection_dim": recipe.projection_dim,
-                "vocab_size": len(tokenizer),
-                "bos_token_id": tokenizer.bos_token_id,
-                "eos_token_id": tokenizer.eos_token_id,
-                "pad_token_id": tokenizer.pad_token_id,
-            },
-        )
-    )
+__all__ = ["pixel_values", "train_clip"]
 
 
 def pixel_values(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """From `(batch, height, width, 3)` in uint8 to what CLIP sees, `(batch, 3, height, width)`."""
-    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
+    mean, std = (
+        torch.tensor(values, device=pixels.device)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    )
     return ((pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(dtype)
 
 
@@ -68,7 +39,7 @@ def train_clip(
 ) -> CLIPModel:
     """Train, or load what was trained, and return the model in eval mode."""
     torch.manual_seed(seed)
-    clip = make_clip(recipe, tokenizer).to(device, torch.bfloat16).train()
+    clip = CLIPModel(clip_config(recipe.size, tokenizer)).to(device, torch.bfloat16).train()
     # On a CPU, the backward pass of the fused attention kernel is slower than plain matrix products.
     clip.set_attn_implementation("eager" if device == "cpu" else "sdpa")
     encode: Callable = torch.compile(_encode, dynamic=False) if compiled else _encode

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import CLIPModel, LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPModel, LlamaTokenizer, LlavaForConditionalGeneration
+
+from fsr_hf.demo.small_llava import llava_config
 
 from .clip import pixel_values
 from .data import KINDS, Question, ask_questions
@@ -65,29 +67,13 @@ def train_llava(
 
 
 def make_llava(recipe: Recipe, clip: CLIPModel, tokenizer: LlamaTokenizer) -> LlavaForConditionalGeneration:
-    heads = recipe.width // 64
-    text_config = LlamaConfig(
-        hidden_size=recipe.width,
+    config = llava_config(
+        recipe.size,
+        tokenizer,
+        clip.config.vision_config,
         intermediate_size=recipe.intermediate,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
         max_position_embeddings=2048,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
         initializer_range=recipe.width**-0.5,  # at the usual 0.02, so narrow a model attends to all alike for long
-    )
-    config = LlavaConfig(
-        text_config=text_config,
-        vision_config=clip.config.vision_config,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        projector_hidden_act="gelu",
-        image_seq_length=recipe.num_patches,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
     llava = LlavaForConditionalGeneration(config)
     llava.model.vision_tower.load_state_dict(clip.vision_model.state_dict())

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from fsr_hf.demo.small_llava import SmallLlava
+
 
 __all__ = ["RECIPES", "Recipe"]
 
@@ -38,6 +40,20 @@ class Recipe:
     answer_batch: int = 32
     answer_steps: int = 5_000
     learning_rate: float = 1.2e-3
+
+    @property
+    def size(self) -> SmallLlava:
+        return SmallLlava(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            hidden_size=self.width,
+            num_layers=self.layers,
+            vision_hidden_size=self.vision_width,
+            vision_num_layers=self.vision_layers,
+            text_hidden_size=self.text_width,
+            text_num_layers=self.text_layers,
+            projection_dim=self.projection_dim,
+        )
 
     @property
     def num_patches(self) -> int:

@@ -15,21 +15,13 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import (
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPTokenizer,
-    GenerationConfig,
-    LlamaTokenizer,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from transformers import CLIPModel, CLIPTokenizer, GenerationConfig, LlamaTokenizer, LlavaForConditionalGeneration
 
 from fsr_hf import export
-from fsr_hf.demo.small_llava import CHAT_TEMPLATE
+from fsr_hf.demo.small_llava import clip_image_processor, llava_processor
 from fsr_hf.machine import machine_name, package_versions
 
-from .clip import MEAN, STD, train_clip
+from .clip import train_clip
 from .llava import train_llava
 from .recipe import RECIPES, Recipe
 from .scenes import Scenes
@@ -66,26 +58,14 @@ def save(
     work: Path,
 ) -> None:
     """Stock checkpoints, `work/clip` and `work/llava`, like those that LLaVA-1.5 is published as."""
-    image_processor = CLIPImageProcessor(
-        size={"shortest_edge": recipe.image_size},
-        crop_size={"height": recipe.image_size, "width": recipe.image_size},
-        image_mean=list(MEAN),
-        image_std=list(STD),
-    )
+    image_processor = clip_image_processor(recipe.size)
     for part in (clip, clip_tokenizer, image_processor):
         part.save_pretrained(work / "clip")
     llava.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=8
     )
     llava.save_pretrained(work / "llava")
-    LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=recipe.patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(work / "llava")
+    llava_processor(recipe.size, image_processor, tokenizer).save_pretrained(work / "llava")
 
 
 def main() -> None:

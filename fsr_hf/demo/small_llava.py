@@ -28,7 +28,11 @@ __all__ = [
     "CHAT_TEMPLATE",
     "SmallLlava",
     "answer_in_words",
+    "clip_config",
+    "clip_image_processor",
     "export_small_llava",
+    "llava_config",
+    "llava_processor",
     "save_small_clip",
     "save_small_llava",
     "word_tokenizer",
@@ -38,12 +42,15 @@ __all__ = [
 @dataclass(frozen=True)
 class SmallLlava:
     """
-    Widths and depths of the model. What FSR works on is LLaVA-1.5's own in any case: 336x336 pixels in patches of 14,
-    so 576 visual tokens and [CLS], features from the last block but one, a projector of two layers.
+    Sizes of the model. What FSR works on is LLaVA-1.5's own in any case: [CLS] and patches, 576 of them by default,
+    features from the last block but one, a projector of two layers.
 
     The default has 75 million weights in the language model, so that, as in a real LLaVA, most of the time of a prompt
     goes into it and little into the vision tower.
     """
+
+    image_size: int = 336
+    patch_size: int = 14
 
     hidden_size: int = 768
     num_layers: int = 10
@@ -93,18 +100,13 @@ def save_small_llava(
     tokenizer = word_tokenizer(image_token="<image>")
     torch.manual_seed(seed)
     clip, image_processor = save_small_clip(clip_folder, size)
-    llava = LlavaForConditionalGeneration(_llava_config(size, tokenizer, clip.config.vision_config))
+    # At the usual initializer_range, 0.02, answers repeat one word.
+    config = llava_config(size, tokenizer, clip.config.vision_config, initializer_range=0.05)
+    llava = LlavaForConditionalGeneration(config)
     llava.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
     answer_in_words(llava, tokenizer)
     llava.save_pretrained(folder)
-    LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
+    llava_processor(size, image_processor, tokenizer).save_pretrained(folder)
 
 
 def export_small_llava(root: Path, size: SmallLlava | None = None) -> Path:
@@ -122,8 +124,8 @@ def export_small_llava(root: Path, size: SmallLlava | None = None) -> Path:
 def save_small_clip(folder: str | os.PathLike, size: SmallLlava) -> tuple[CLIPModel, CLIPImageProcessor]:
     """Save a CLIP of random weights with its tokenizer, like `openai/clip-vit-large-patch14-336`."""
     tokenizer = _clip_tokenizer()
-    image_processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    clip = CLIPModel(_clip_config(size, tokenizer))
+    image_processor = clip_image_processor(size)
+    clip = CLIPModel(clip_config(size, tokenizer))
     with torch.no_grad():
         for layer in clip.vision_model.encoder.layers:
             # Random weights attend to all patches alike. So do not trained ones, on which few patches stand out.
@@ -143,7 +145,8 @@ def answer_in_words(model: Any, tokenizer: LlamaTokenizer) -> None:
         model.lm_head.weight.mul_(is_word)
 
 
-def _clip_config(size: SmallLlava, tokenizer: CLIPTokenizer) -> CLIPConfig:
+def clip_config(size: SmallLlava, tokenizer: CLIPTokenizer) -> CLIPConfig:
+    """Both towers."""
     return CLIPConfig(
         projection_dim=size.projection_dim,
         vision_config={
@@ -151,8 +154,8 @@ def _clip_config(size: SmallLlava, tokenizer: CLIPTokenizer) -> CLIPConfig:
             "intermediate_size": 4 * size.vision_hidden_size,
             "num_hidden_layers": size.vision_num_layers,
             "num_attention_heads": max(1, size.vision_hidden_size // size.head_dim),
-            "image_size": 336,
-            "patch_size": 14,
+            "image_size": size.image_size,
+            "patch_size": size.patch_size,
             "projection_dim": size.projection_dim,
         },
         text_config={
@@ -170,30 +173,50 @@ def _clip_config(size: SmallLlava, tokenizer: CLIPTokenizer) -> CLIPConfig:
     )
 
 
-def _llava_config(size: SmallLlava, tokenizer: LlamaTokenizer, vision_config) -> LlavaConfig:
+def clip_image_processor(size: SmallLlava) -> CLIPImageProcessor:
+    """Squares of the model's size, with CLIP's mean and deviation."""
+    edge = size.image_size
+    return CLIPImageProcessor(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge})
+
+
+def llava_config(size: SmallLlava, tokenizer: LlamaTokenizer, vision_config: Any, **text_config: Any) -> LlavaConfig:
+    """The whole model; `text_config` are further fields of the language model's config."""
     heads = max(1, size.hidden_size // size.head_dim)
-    text_config = LlamaConfig(
-        hidden_size=size.hidden_size,
-        intermediate_size=8 * size.hidden_size // 3,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=4096,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
-        initializer_range=0.05,  # at the usual 0.02, answers repeat one word
-    )
+    fields = {
+        "hidden_size": size.hidden_size,
+        "intermediate_size": 8 * size.hidden_size // 3,
+        "num_hidden_layers": size.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 4096,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": False,
+    }
     return LlavaConfig(
-        text_config=text_config,
+        text_config=LlamaConfig(**fields | text_config),
         vision_config=vision_config,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
-        image_seq_length=576,
+        image_seq_length=(size.image_size // size.patch_size) ** 2,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+
+
+def llava_processor(
+    size: SmallLlava, image_processor: CLIPImageProcessor, tokenizer: LlamaTokenizer
+) -> LlavaProcessor:
+    """With the settings of `llava-hf/llava-1.5-7b-hf`."""
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=size.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

@@ -6,7 +6,7 @@ config says.
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from functools import cache
@@ -29,6 +29,7 @@ __all__ = [
     "card_folder",
     "card_names",
     "default_budget",
+    "markdown_table",
     "read_base",
     "render_card",
     "write_card",
@@ -291,7 +292,7 @@ def _paper_table(table: Mapping[str, Any], item: str) -> str:
         tokens = [row[_TOKENS]] if has_tokens else []
         rows.append([f"`{budget}`", *tokens, *row["scores"], f"{row['score']} %"])
     tokens_header = [f"visual tokens per {item}"] if has_tokens else []
-    return _markdown_table(["budget", *tokens_header, *table["benchmarks"], "score kept"], rows)
+    return markdown_table(["budget", *tokens_header, *table["benchmarks"], "score kept"], rows)
 
 
 def _efficiency_table(table: Mapping[str, Any]) -> str | None:
@@ -303,7 +304,7 @@ def _efficiency_table(table: Mapping[str, Any]) -> str | None:
         [_unpruned(table), *efficiency["unpruned"]],
         [f"`{Budget(_TOKENS, pruned[_TOKENS])}`", *pruned["values"]],
     ]
-    return _markdown_table(["budget", *efficiency["columns"]], rows)
+    return markdown_table(["budget", *efficiency["columns"]], rows)
 
 
 def _unpruned(table: Mapping[str, Any]) -> str:
@@ -319,7 +320,7 @@ def _measured_table(measured: Sequence[Mapping[str, Any]], item: str) -> str | N
     for results in zip(*(entry["pruned"] for entry in measured), strict=True):
         (budget,) = {_budget_of(result) for result in results}
         rows.append([f"`{budget}`", *(result["value"] for result in results)])
-    return _markdown_table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _eval_results(measured: Sequence[Mapping[str, Any]], task: str, repo_id: str, revision: str) -> list[EvalResult]:
@@ -343,7 +344,9 @@ def _eval_results(measured: Sequence[Mapping[str, Any]], task: str, repo_id: str
     ]
 
 
-def _markdown_table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+def markdown_table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
+    """Names on the left, numbers on the right."""
+    header = list(header)
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 

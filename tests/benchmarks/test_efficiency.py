@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import efficiency, growth, selectors
 from benchmarks.efficiency import PEERS, as_selector, methods_of, time_calls
-from benchmarks.efficiency_docs import BLOCKS, DOCS, RESULTS, fill, targets_block, write_docs
+from benchmarks.efficiency_docs import BLOCKS, DOCS, RESULTS, fill_blocks, targets_block, write_docs
 from benchmarks.growth import exponent
 from benchmarks.models import Prompt, build, make_inputs
 
@@ -173,9 +173,9 @@ def test_growth(results, tmp_path):
 
 def test_the_page_is_what_the_results_say():
     text = (DOCS / "efficiency.md").read_text(encoding="utf-8")
-    assert fill(text) == text, "run `python -m benchmarks.efficiency --docs`"
+    assert fill_blocks(text) == text, "run `python -m benchmarks.efficiency --docs`"
     with pytest.raises(ValueError, match="blocks"):
-        fill(text.replace("begin flops", "begin flop"))
+        fill_blocks(text.replace("begin flops", "begin flop"))
 
 
 def test_docs(results, tmp_path):
@@ -211,7 +211,7 @@ def test_targets(tmp_path):
         "stages": {"own": times(0.4)},
     }
     larger = {**result, "prompt": {"batch": 4}, "stages": {"own": times(0.41)}}
-    pool = {"tokens": 576, "kept": 64, "batch": 1}
+    pool = {"tokens": 576, "kept": 64, "batch": 1, "own_products": times(1.25)}
     pool["methods"] = [
         {"method": name, "time": times(seconds)}
         for name, seconds in (("FSR", 2.0), ("random", 1.0), ("A", 1.9), ("B", 3.0))
@@ -220,9 +220,10 @@ def test_targets(tmp_path):
     rows = [[cell.strip() for cell in line.split("|")[2:5]] for line in targets_block(tmp_path).splitlines()[2:]]
     assert rows == [
         ["a model, batch of 4", "5.12%", "**no**"],
-        ["a model, batch of 4", "80%", "**no**"],  # 3.2 times as fast with a quarter of the FLOPs
+        ["a model, batch of 4", "80.0%", "**no**"],  # 3.2 times as fast with a quarter of the FLOPs
         ["all 2 prompts", "exactly", "yes"],
         ["576 → 64, batch of 1", "slower than A", "**no**"],
+        ["576 → 64, batch of 1", "1.60", "**no**"],
     ]
     (tmp_path / "efficiency-cpu.json").write_text(json.dumps({"llava": [result]}))
     rows = [line.split("|")[3:5] for line in targets_block(tmp_path).splitlines()[2:]]

@@ -379,7 +379,7 @@ def test_batches_do_not_matter(runs):
 def test_page(runs, tmp_path):
     page = tmp_path / "quality.md"
     shutil.copy(quality_page.DOCS / "quality.md", page)
-    words = re.compile(r"<!-- generated: \S+ -->\n.*?<!-- end -->", re.DOTALL)
+    words = re.compile(r"<!-- begin \S+ -->\n.*?<!-- end \S+ -->", re.DOTALL)
     before = words.split(page.read_text(encoding="utf-8"))
     quality_page.write_page(runs[0], page)
     text = page.read_text(encoding="utf-8")
@@ -397,6 +397,6 @@ def test_page(runs, tmp_path):
 
 def test_the_page_names_every_block(tmp_path, runs):
     page = tmp_path / "quality.md"
-    page.write_text("<!-- generated: setup -->\n<!-- end -->\n")
+    page.write_text("<!-- begin setup -->\n<!-- end setup -->\n")
     with pytest.raises(ValueError, match="must have each of these blocks once"):
         quality_page.write_page(runs[0], page)

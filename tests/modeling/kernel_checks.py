@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 from modeling.test_attention_received import inputs, reference
-from modeling.test_fsr import SETTINGS, check_row, exact_pool, same_selection
+from modeling.test_fsr import check_exact_pools, same_selection
 
 from fsr_hf.modeling import fsr, scan_kernel
 from fsr_hf.modeling import saliency as saliency_module
@@ -39,26 +39,7 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize("chunk", range(2))
 def test_equals_the_equations_with_ties_and_non_finite_values(chunk, way):
     for seed in range(12):
-        rng = random.Random(9000 + 1000 * chunk + seed)
-        settings = rng.choice(SETTINGS)
-        num_tokens = rng.randint(1, 20)
-        pools = [exact_pool(rng, num_tokens) for _ in range(2)]
-        hidden_size = min(len(pool[0][0]) for pool in pools)
-        features = [[token[:hidden_size] for token in pool[0]] for pool in pools]
-        saliency, relevance = ([pool[k] for pool in pools] for k in (1, 2))
-        mask = [[rng.random() < 0.9 for _ in range(num_tokens)] for _ in range(2)]
-        budgets = [rng.randint(0, num_tokens + 2) for _ in range(2)]
-        selection = select_visual_tokens(
-            torch.tensor(features),
-            torch.tensor(saliency),
-            torch.tensor(relevance),
-            torch.tensor(budgets),
-            mask=torch.tensor(mask),
-            **settings,
-        )
-        for row in range(2):
-            arguments = (features[row], saliency[row], relevance[row], mask[row], budgets[row], settings)
-            assert check_row(selection, row, *arguments), (chunk, seed, row)
+        check_exact_pools(random.Random(9000 + 1000 * chunk + seed), most_tokens=20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

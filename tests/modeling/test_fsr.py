@@ -159,6 +159,30 @@ def exact_pool(rng, num_tokens):
     return features, scores[0], scores[1]
 
 
+def check_exact_pools(rng, most_tokens):
+    """Two pools of the same size, masked, each with its own budget, against the reference."""
+    settings = rng.choice(SETTINGS)
+    num_tokens = rng.randint(1, most_tokens)
+    pools = [exact_pool(rng, num_tokens) for _ in range(2)]
+    hidden_size = min(len(pool[0][0]) for pool in pools)
+    features = [[token[:hidden_size] for token in pool[0]] for pool in pools]
+    saliency, relevance = ([pool[k] for pool in pools] for k in (1, 2))
+    mask = [[rng.random() < 0.9 for _ in range(num_tokens)] for _ in range(2)]
+    budgets = [rng.randint(0, num_tokens + 2) for _ in range(2)]
+    selection = select_visual_tokens(
+        torch.tensor(features),
+        torch.tensor(saliency),
+        torch.tensor(relevance),
+        torch.tensor(budgets),
+        mask=torch.tensor(mask),
+        **settings,
+    )
+    for row in range(2):
+        assert check_row(
+            selection, row, features[row], saliency[row], relevance[row], mask[row], budgets[row], settings
+        )
+
+
 @pytest.mark.parametrize("chunk", range(8))
 def test_equals_the_loop_with_ties_and_non_finite_values(chunk):
     settings_of_chunk = SETTINGS[chunk::8]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from modeling.test_fsr import SETTINGS, check_row, exact_pool, same_selection
+from modeling.test_fsr import check_exact_pools, same_selection
 
 from fsr_hf.modeling import fsr, host_scan
 from fsr_hf.modeling.fsr import select_visual_tokens
@@ -23,26 +23,7 @@ def small_pools(monkeypatch):
 @pytest.mark.parametrize("chunk", range(4))
 def test_equals_the_equations_with_ties_and_non_finite_values(chunk, small_pools):
     for seed in range(100):
-        rng = random.Random(5000 + 1000 * chunk + seed)
-        settings = rng.choice(SETTINGS)
-        num_tokens = rng.randint(1, 24)
-        pools = [exact_pool(rng, num_tokens) for _ in range(2)]
-        hidden_size = min(len(pool[0][0]) for pool in pools)
-        features = [[token[:hidden_size] for token in pool[0]] for pool in pools]
-        saliency, relevance = ([pool[k] for pool in pools] for k in (1, 2))
-        mask = [[rng.random() < 0.9 for _ in range(num_tokens)] for _ in range(2)]
-        budgets = [rng.randint(0, num_tokens + 2) for _ in range(2)]
-        selection = select_visual_tokens(
-            torch.tensor(features),
-            torch.tensor(saliency),
-            torch.tensor(relevance),
-            torch.tensor(budgets),
-            mask=torch.tensor(mask),
-            **settings,
-        )
-        for row in range(2):
-            arguments = (features[row], saliency[row], relevance[row], mask[row], budgets[row], settings)
-            assert check_row(selection, row, *arguments), (chunk, seed, row)
+        check_exact_pools(random.Random(5000 + 1000 * chunk + seed), most_tokens=24)
 
 
 def tokens(kind: str, number: int, width: int, seed: int) -> torch.Tensor:
@@ -116,21 +97,22 @@ def test_equal_tokens_are_a_tie_wherever_they_stand():
         assert [first[index] for index in anchors] == anchors
 
 
-def test_all_pairs_end_a_search_that_finds_few(monkeypatch):
+@pytest.mark.parametrize("number", [400, 1500])  # few tokens, of which all pairs come next, and more
+def test_all_pairs_end_a_search_that_finds_few(monkeypatch, number):
     """One anchor a pool: after a few of them the loop goes on as if all tokens were in the pool."""
     sizes = []
     original = host_scan._farthest_first
 
     def watched(closest, pairs, indices, bound, most):
         sizes.append(len(indices))
-        return original(closest, pairs, indices, bound, min(most, 1) if len(indices) < 400 else most)
+        return original(closest, pairs, indices, bound, min(most, 1) if len(indices) < number else most)
 
     monkeypatch.setattr(host_scan, "_farthest_first", watched)
-    features, saliency = tokens("random", 400, 256, 0)[None], torch.rand(1, 400) ** 8
+    features, saliency = tokens("random", number, 800, 0)[None], torch.rand(1, number) ** 8
     selection = select_visual_tokens(features, saliency, None, 200, rho=0.3)
     assert sizes[0] == 128
-    assert sizes[-1] == 400
-    assert len(sizes) < 8
+    assert sizes[-1] == number
+    assert len(sizes) == (2 if number == 400 else 7)
     monkeypatch.setattr(fsr, "is_on_host", lambda features: False)
     same_selection(selection, select_visual_tokens(features, saliency, None, 200, rho=0.3), rtol=1e-5, atol=1e-5)
 
