@@ -41,7 +41,7 @@ from benchmarks.selectors import (
     visionzip,
     vispruner,
 )
-from examples.shapes_vqa.data import KINDS, Question, Scene, held_out_questions
+from examples.shapes_vqa.data import HELD_OUT_PAIRS, KINDS, Question, Scene, held_out_questions
 from fsr_hf import FSRConfig, FSRLlavaConfig, FSRLlavaForConditionalGeneration, FSRLlavaProcessor, select_visual_tokens
 from fsr_hf.demo.shapes_vqa import shapes_vqa_folder
 from fsr_hf.machine import provenance
@@ -358,6 +358,7 @@ def measure(
     tallies: dict[tuple[str, int], Tally] = defaultdict(Tally)
     areas: dict[str, list[torch.Tensor]] = defaultdict(list)
     asked: list[tuple[int, str]] = []
+    held_out: list[bool | None] = []
     checked = None
     bar = tqdm(total=len(seeds) * questions, unit="question", disable=not progress)
     for seed in seeds:
@@ -377,6 +378,7 @@ def measure(
                         generator = torch.Generator().manual_seed((seed * questions + first) * num_tokens + budget)
                         _tally(tallies[name, budget], model, METHODS[name], batch, budget, generator, known)
             asked += [(seed, question.kind) for _, question in part]
+            held_out += [_is_held_out(*example) for example in part]
             bar.update(len(part))
     bar.close()
     return {
@@ -387,6 +389,9 @@ def measure(
         "checked": checked,
         **summarize(tallies, asked, num_tokens),
         "sign": _summarize_areas(areas, [kind for _, kind in asked]),
+        "pairs": _summarize_pairs(
+            torch.cat(tallies["unpruned", num_tokens].right), torch.cat(areas["name"]), held_out
+        ),
     }
 
 
@@ -536,6 +541,22 @@ def _summarize_areas(areas: dict[str, list[torch.Tensor]], kinds: Sequence[str])
             **paired(values[known]),
             "by_kind": {kind: values[chosen].mean().item() for kind, chosen in by_kind.items() if chosen.any()},
         }
+    return _finite(result)
+
+
+def _is_held_out(scene: Scene, question: Question) -> bool | None:
+    """Whether no caption told CLIP of the pair of the one object that a question names, if it names one."""
+    return None if question.target is None else scene.objects[question.target].pair in HELD_OUT_PAIRS
+
+
+def _summarize_pairs(right: torch.Tensor, areas: torch.Tensor, held_out: Sequence[bool | None]) -> dict[str, Any]:
+    """Of the unpruned model: right answers, and the AUC of the cosine to the name of the object in question."""
+    result = {}
+    for name, wanted in (("held_out", True), ("others", False)):
+        chosen = torch.tensor([value is wanted for value in held_out])
+        known = areas[chosen & areas.isfinite()].double()
+        accuracy = right[chosen].double().mean().item()
+        result[name] = {"questions": int(chosen.sum()), "accuracy": accuracy, "auc": known.mean().item()}
     return _finite(result)
 
 

@@ -148,6 +148,17 @@ def _sign(result) -> str:
     return f"{table}\n\n{result['sign']['questions']:,} questions name one object that covers a patch by half or more."
 
 
+def _pairs(result) -> str:
+    words = {"held_out": "in no caption that CLIP was trained on", "others": "all others"}
+    return markdown_table(
+        ["pair of shape and colour", "questions", "right, unpruned", "AUC of the cosine to its name"],
+        (
+            [words[name], f"{pairs['questions']:,}", _percent(pairs["accuracy"]), _decimals(pairs["auc"])]
+            for name, pairs in result["pairs"].items()
+        ),
+    )
+
+
 BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "setup": _setup,
     "accuracy": _accuracy,
@@ -155,6 +166,7 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "against-fsr": _against_fsr,
     "kinds": _kinds,
     "sign": _sign,
+    "pairs": _pairs,
     "ablations": _ablations,
     "focus": _focus,
     "recall": _recall,
@@ -200,6 +212,10 @@ def _difference(row: Row) -> str:
 
 def _percent(value: float | None, count: int = 1) -> str:
     return "" if value is None or count == 0 else f"{value / count:.1%}"
+
+
+def _decimals(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _time(seconds: float) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks import quality, quality_page
 from benchmarks.quality import METHODS, Tally
-from examples.shapes_vqa.data import KINDS, held_out_questions
+from examples.shapes_vqa.data import HELD_OUT_PAIRS, KINDS, held_out_questions
 from fsr_hf import FSRConfig, select_visual_tokens
 from fsr_hf.demo.small_families import export_small_model
 
@@ -364,6 +364,12 @@ def test_a_run(runs):
         assert set(row["by_kind"]) == set(KINDS)
         assert ("focus" in row) == METHODS[row["method"]].has_focus
     assert result["left_out"].keys() == set(KINDS)  # the model is random
+    pairs = result["pairs"]
+    examples = [example for seed in (0, 2) for example in held_out_questions(seed, 10, 96)]
+    named = [scene.objects[question.target].pair for scene, question in examples if question.target is not None]
+    assert pairs["held_out"]["questions"] == sum(pair in HELD_OUT_PAIRS for pair in named)
+    assert pairs["held_out"]["questions"] + pairs["others"]["questions"] == len(named) > 0
+    assert 0 <= pairs["others"]["accuracy"] <= 1
     assert set(result["sign"]["auc"]) == {"question", "name", "saliency", "priority", "priority-literal"}
 
 
