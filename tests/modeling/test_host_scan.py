@@ -16,6 +16,8 @@ from fsr_hf.modeling.fsr import select_visual_tokens
 def small_pools(monkeypatch):
     """So that a few tokens take as many rounds as thousands do."""
     monkeypatch.setattr(host_scan, "_SMALL", 0)
+    monkeypatch.setattr(host_scan, "_TILE", 2)
+    monkeypatch.setattr(host_scan, "_PART", 8)
     monkeypatch.setattr(host_scan, "_MIN_POOL", 4)
     monkeypatch.setattr(host_scan, "_MAX_POOL", 6)
 
@@ -83,8 +85,10 @@ def coverage(features: torch.Tensor, kept: torch.Tensor) -> float:
     return (1 - unit @ unit[kept].mT).clamp(min=0).sqrt().amin(-1).max().item()
 
 
-def test_equal_tokens_are_a_tie_wherever_they_stand():
-    """In the products for a pool and in those for all tokens."""
+@pytest.mark.parametrize("part", [host_scan._PART, 256])
+def test_equal_tokens_are_a_tie_wherever_they_stand(part, monkeypatch):
+    """In the products for a pool and in those for all tokens, or for parts of them."""
+    monkeypatch.setattr(host_scan, "_PART", part)
     for seed in range(30):
         generator = torch.Generator().manual_seed(seed)
         number, distinct = 257 + 23 * seed, 150
