@@ -17,7 +17,7 @@ _SMALL = 256  # tokens up to which one anchor after the other is as fast
 _MEDIUM = 1024  # tokens up to which all pairs follow where a small pool had few anchors
 _TILE = 64  # columns of a product, a multiple of what every library computes alike
 _ROWS = 16  # the same for rows
-_PART = 4096  # tokens that are padded at once
+_PART = 1024  # tokens that are padded at once
 _MIN_POOL, _MAX_POOL = 128, 512
 
 
