@@ -72,8 +72,8 @@ def test_the_folder_is_what_an_export_makes():
 def test_accuracy_at_budgets(model, processor, questions):
     unpruned = accuracy(ask(model, processor, questions, fsr_enabled=False), questions)
     pruned = {k: accuracy(ask(model, processor, questions, num_visual_tokens=k), questions) for k in (48, 16, 1)}
-    assert unpruned > 0.68
-    assert pruned[48] > 0.7 * unpruned and pruned[16] > 0.6 * unpruned
+    assert unpruned > 0.84
+    assert pruned[48] > 0.68 * unpruned and pruned[16] > 0.55 * unpruned
     assert pruned[1] < pruned[16]  # a single token cannot tell
 
 

@@ -18,6 +18,7 @@ _SMALL = 256  # tokens up to which one anchor after the other is as fast
 _MEDIUM = 1024  # tokens up to which all pairs follow where a small pool had few anchors
 _TILE = 64  # columns of a product, a multiple of what every library computes alike
 _ROWS = 16  # the same for rows
+_PART = 1024  # tokens that are padded at once
 _MIN_POOL, _MAX_POOL = 128, 512
 
 
@@ -82,8 +83,7 @@ class _Pool:
         self.is_finite = norm.isfinite()
         self.is_all_finite = bool(self.is_finite.all())
         self.scale = norm.reciprocal_()
-        # The last, incomplete tile of a product may be rounded in another way: equal tokens would differ.
-        self.tokens = _pad(self.tokens, _TILE)
+        self.parts = _split(self.tokens)
         self.pairs = None  # cosines of all tokens to all, once they are needed
 
         self.nearest = torch.full((self.num_tokens,), -1)
@@ -98,8 +98,7 @@ class _Pool:
         """Cosines of the tokens `chosen` to all, `(chosen, num_tokens)`."""
         if self.pairs is not None:
             return self.pairs[chosen]
-        rows = _pad(self.tokens.index_select(0, chosen), _ROWS)
-        return self._scaled(rows @ self.tokens.mT, self.scale[chosen], self.scale)
+        return self._to_parts(_pad(self.tokens.index_select(0, chosen), _ROWS), self.scale[chosen])
 
     def _among(self, pool: torch.Tensor) -> torch.Tensor:
         """Cosines of the tokens of a pool, ascending, to each other, `(pool, pool)`."""
@@ -107,8 +106,13 @@ class _Pool:
             tokens = _pad(self.tokens.index_select(0, pool), _TILE)
             return self._scaled(tokens @ tokens.mT, self.scale[pool], self.scale[pool])
         if self.pairs is None:
-            self.pairs = self._scaled(self.tokens @ self.tokens.mT, self.scale, self.scale)
+            scales = self.scale.split(len(self.parts[0]))
+            self.pairs = _join([self._to_parts(*rows) for rows in zip(self.parts, scales)], dim=0)
         return self.pairs
+
+    def _to_parts(self, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Cosines of `rows`, which may end in padding, to all tokens."""
+        return self._scaled(_join([rows @ part.mT for part in self.parts], dim=1), scale, self.scale)
 
     def _scaled(self, products: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """From products to cosines, without the padding. `rows` and `columns` are the scales of both sides."""
@@ -153,6 +157,21 @@ class _Pool:
             self.similarity = torch.where(is_closer, similarity, self.similarity)
             self.nearest = torch.where(is_closer, nearest, self.nearest)
         self.closest[chosen] = torch.inf
+
+
+def _split(tokens: torch.Tensor) -> list[torch.Tensor]:
+    """
+    Tokens as the columns of products. The last, incomplete tile of a product may be rounded in another way, so that
+    equal tokens would differ: all parts have one size, a multiple of the tile, and the last is padded.
+    """
+    number = -(-len(tokens) // _PART) if len(tokens) % _TILE else 1
+    *parts, last = tokens.split(-(-len(tokens) // (number * _TILE)) * _TILE)
+    return [*parts, _pad(last, len(parts[0]) if parts else _TILE)]
+
+
+def _join(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """No copy of a single one."""
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def _pad(tokens: torch.Tensor, multiple: int) -> torch.Tensor:
