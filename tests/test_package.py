@@ -8,6 +8,8 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 import fsr_hf
 
 
@@ -57,10 +59,16 @@ print(json.dumps([type(AutoConfig.for_model("fsr_llava")).__name__, "typer" in s
     assert json.loads(done.stdout.splitlines()[-1]) == ["FSRLlavaConfig", False]
 
 
-def test_wheel_holds_every_module(tmp_path):
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
     subprocess.run(command, cwd=ROOT.parent, check=True, capture_output=True, timeout=120)
-    (wheel,) = tmp_path.glob("*.whl")
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+def test_wheel_holds_every_module(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = f"fsr_hf-{fsr_hf.__version__}.dist-info"
@@ -70,11 +78,8 @@ def test_wheel_holds_every_module(tmp_path):
     assert not [name for name in names if not name.startswith(("fsr_hf/", metadata))]
 
 
-def test_wheel_holds_the_data(tmp_path):
+def test_wheel_holds_the_data(wheel, tmp_path):
     """The trained checkpoint, the cards and the pictures of the demo, where an installed package finds them."""
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT.parent, check=True, capture_output=True, timeout=120)
-    (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
     script = """

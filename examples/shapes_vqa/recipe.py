@@ -57,7 +57,7 @@ class Recipe:
 
     @property
     def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return self.size.num_patches
 
 
 RECIPES = {

@@ -61,6 +61,11 @@ class SmallLlava:
     projection_dim: int = 128
     head_dim: int = 64
 
+    @property
+    def num_patches(self) -> int:
+        """Of a picture, and so its visual tokens."""
+        return (self.image_size // self.patch_size) ** 2
+
 
 # What the language model can say. A word is one token with the space before it.
 _WORDS = """
@@ -201,7 +206,7 @@ def llava_config(size: SmallLlava, tokenizer: LlamaTokenizer, vision_config: Any
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
-        image_seq_length=(size.image_size // size.patch_size) ** 2,
+        image_seq_length=size.num_patches,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
 

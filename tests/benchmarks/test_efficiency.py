@@ -79,6 +79,14 @@ def test_sections(results):
         assert len(lengths) == 1 + len(budgets)  # no method keeps more or less than another
         assert result["stages"]["focus_tokens"] == (5 if family == "llava_next" else 1)  # one in each pool
         assert result["machine"] and result["versions"]["torch"]
+    assert all(pool["own_products"]["low"] > 0 for pool in found["selection"])
+
+
+def test_time_in_products():
+    left, right = torch.randn(2, 2, 64, 64)
+    assert efficiency.time_products(lambda: left + right) == 0
+    assert efficiency.time_products(lambda: left @ right) > 0
+    assert efficiency.time_products(lambda: left[0] @ right[0]) > 0
 
 
 def test_flops_without_values_are_those_of_a_run(results):

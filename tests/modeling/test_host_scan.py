@@ -101,6 +101,22 @@ def test_equal_tokens_are_a_tie_wherever_they_stand(part, monkeypatch):
         assert [first[index] for index in anchors] == anchors
 
 
+@pytest.mark.parametrize("number", [1, 63, 64, 257, 1025, 4096, 6300])
+def test_columns_of_products_have_one_size(number):
+    """Products of different sizes may round in different ways. Only the last part may be a copy."""
+    tokens = torch.arange(float(number))[:, None].expand(-1, 3).contiguous()
+    parts = host_scan._split(tokens)
+    assert len({len(part) for part in parts}) == 1
+    assert len(parts[0]) % host_scan._TILE == 0
+    joined = torch.cat(parts)
+    assert torch.equal(joined[:number], tokens)
+    assert not joined[number:].any()
+    storage = tokens.untyped_storage().data_ptr()
+    whole = parts if number % host_scan._TILE == 0 else parts[:-1]
+    assert all(part.untyped_storage().data_ptr() == storage for part in whole)
+    assert len(parts[-1]) <= host_scan._PART or number % host_scan._TILE == 0
+
+
 @pytest.mark.parametrize("number", [400, 1500])  # few tokens, of which all pairs come next, and more
 def test_all_pairs_end_a_search_that_finds_few(monkeypatch, number):
     """One anchor a pool: after a few of them the loop goes on as if all tokens were in the pool."""
