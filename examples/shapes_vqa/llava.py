@@ -1,6 +1,10 @@
-"""The second stage: a projector and a small Llama, trained on questions and answers before a frozen vision tower."""
+"""
+The second and the third stage: a projector and a small Llama, trained on questions and answers before a frozen vision
+tower. In the second stage they see whole pictures; in the third, most pictures lack some of their tokens.
+"""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +15,13 @@ from transformers import CLIPModel, LlamaTokenizer, LlavaForConditionalGeneratio
 from fsr_hf.demo.small_llava import llava_config
 
 from .clip import pixel_values
-from .data import KINDS, Question, ask_questions
+from .data import KINDS, Object, Question, ask_questions, common_area
 from .optimizer import MasterAdamW, train
 from .recipe import Recipe
 from .scenes import Scenes, memory_map
 
 
-__all__ = ["train_llava"]
+__all__ = ["encode_scenes", "make_llava", "train_llava", "train_with_dropped_tokens"]
 
 _IGNORED = -100
 
@@ -25,45 +29,123 @@ _IGNORED = -100
 def train_llava(
     recipe: Recipe,
     scenes: Scenes,
-    clip: CLIPModel,
+    features: np.ndarray,
+    llava: LlavaForConditionalGeneration,
     tokenizer: LlamaTokenizer,
     folder: Path,
-    device: str,
     seed: int,
     compiled: bool,
     log,
-) -> LlavaForConditionalGeneration:
-    """Train, or load what was trained, and return the model in eval mode."""
-    features = _encode_scenes(recipe, scenes, clip, folder / "features.npy", device)
-    torch.manual_seed(seed)
-    llava = make_llava(recipe, clip, tokenizer).to(device, torch.bfloat16).train()
-    llava.set_attn_implementation("eager" if device == "cpu" else "sdpa")
-    llava.model.vision_tower.requires_grad_(False)
+) -> None:
+    """
+    The second stage: train `llava` in place, or load what was trained.
+
+    Args:
+        features: those of [`encode_scenes`].
+    """
     decode: Callable = torch.compile(_decode, dynamic=False) if compiled else _decode
     packer = _Packer(tokenizer, recipe)
-    before = torch.tensor(packer.before_image, device=device)
 
     def make_batch(step: int):
         rng = np.random.default_rng((seed, len(KINDS), step))
-        numbers = rng.integers(len(scenes.objects), size=recipe.answer_batch)
-        rows = [packer.pack(ask_questions(scenes.objects[number], rng), rng) for number in numbers]
-        seen = torch.from_numpy(features[numbers]).view(torch.bfloat16)
-        return seen, *(torch.tensor(column) for column in zip(*rows))
+        _, *batch = _draw_batch(recipe, scenes, features, packer, rng)
+        return tuple(batch)
+
+    _train("llava", llava, packer, decode, recipe.answer_steps, recipe.learning_rate, make_batch, folder, log)
+
+
+def train_with_dropped_tokens(
+    recipe: Recipe,
+    scenes: Scenes,
+    features: np.ndarray,
+    llava: LlavaForConditionalGeneration,
+    tokenizer: LlamaTokenizer,
+    folder: Path,
+    seed: int,
+    log,
+) -> None:
+    """
+    The third stage: go on with `llava`, in place, on pictures that lack tokens, so that it takes pruning as a large
+    language model does.
+
+    One step in four has whole pictures. In the others all pictures of a step keep the same number of tokens, a
+    random one from an eighteenth of them to all. Which tokens is random, too, by no rule of any pruning method: in
+    some pictures the patches of all objects are likelier to stay than the background, in others they are not. Half
+    of the pictures keep the positions of the whole prompt, half are numbered anew.
+    """
+    packer = _Packer(tokenizer, recipe)
+
+    def make_batch(step: int):
+        rng = np.random.default_rng((seed, len(KINDS) + 1, step))
+        numbers, *batch = _draw_batch(recipe, scenes, features, packer, rng)
+        num_kept = random_budget(recipe.num_patches, rng)
+        kept = np.stack([random_tokens(recipe, scenes.objects[number], num_kept, rng) for number in numbers])
+        is_original = rng.random(len(numbers)) < 0.5
+        return *batch, torch.from_numpy(kept), torch.from_numpy(is_original)
+
+    steps, rate = recipe.dropped_steps, recipe.dropped_learning_rate
+    _train("llava-dropped", llava, packer, _decode, steps, rate, make_batch, folder, log)
+
+
+def random_budget(num_patches: int, rng: np.random.Generator) -> int:
+    """All tokens one time in four, else from an eighteenth of them on, as often less as more than a quarter or so."""
+    if rng.random() < 0.25:
+        return num_patches
+    return round(num_patches * math.exp(rng.uniform(math.log(1 / 18), 0)))
+
+
+def random_tokens(recipe: Recipe, objects: Sequence[Object], num_kept: int, rng: np.random.Generator) -> np.ndarray:
+    """Which tokens of a picture stay, ascending. The patches of its objects are e^0 to e^4 times as likely to."""
+    edge = recipe.patch_size
+    steps = range(0, recipe.image_size, edge)
+    patches = [(left, top, left + edge, top + edge) for top in steps for left in steps]
+    covered = [max((common_area(patch, item.box) for item in objects), default=0) / edge**2 for patch in patches]
+    # The highest sums of a weight's logarithm and Gumbel noise are a sample without replacement by these weights.
+    scores = rng.uniform(0, 4) * np.array(covered) + rng.gumbel(size=len(patches))
+    return np.sort(np.argsort(-scores)[:num_kept])
+
+
+def _draw_batch(recipe: Recipe, scenes: Scenes, features: np.ndarray, packer: "_Packer", rng: np.random.Generator):
+    """The numbers of some scenes; their features; and questions about them, a column of [`_Packer.pack`] each."""
+    numbers = rng.integers(len(scenes.objects), size=recipe.answer_batch)
+    rows = [packer.pack(ask_questions(scenes.objects[number], rng), rng) for number in numbers]
+    seen = torch.from_numpy(features[numbers]).view(torch.bfloat16)
+    return numbers, seen, *(torch.tensor(column) for column in zip(*rows))
+
+
+def _train(
+    name: str,
+    llava: LlavaForConditionalGeneration,
+    packer: "_Packer",
+    decode: Callable,
+    steps: int,
+    learning_rate: float,
+    make_batch: Callable[[int], tuple],
+    folder: Path,
+    log,
+) -> None:
+    """Train projector and language model on answers, and leave the model in eval mode."""
+    device = llava.device
+    llava.train()
+    llava.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
+    for name, parameter in llava.named_parameters():
+        parameter.requires_grad_("vision_tower" not in name and "text_encoder" not in name)
+    before = torch.tensor(packer.before_image, device=device)
 
     def loss_of(*batch):
-        seen, input_ids, turns, labels, kinds = (tensor.to(device) for tensor in batch)
-        hidden = decode(llava, seen, before, input_ids, turns)
+        seen, input_ids, turns, labels, kinds, *dropped = (tensor.to(device) for tensor in batch)
+        hidden = decode(llava, seen, before, input_ids, turns, *dropped)
         answered = labels != _IGNORED
         logits = llava.lm_head(hidden[answered]).float()
         labels, kinds = labels[answered], kinds[answered]
         loss = torch.nn.functional.cross_entropy(logits, labels)
-        right, is_word = (logits.argmax(-1) == labels).float(), labels != tokenizer.eos_token_id
+        right, is_word = (logits.argmax(-1) == labels).float(), labels != packer.tokenizer.eos_token_id
         figures = {kind: right[(kinds == number) & is_word].mean() for number, kind in enumerate(KINDS)}
         return loss, {kind: value.detach().nan_to_num() for kind, value in figures.items()}
 
-    optimizer = MasterAdamW(llava.parameters(), recipe.learning_rate, recipe.answer_steps)
-    train("llava", optimizer, recipe.answer_steps, make_batch, loss_of, folder / "llava.pt", log)
-    return llava.eval()
+    optimizer = MasterAdamW(llava.parameters(), learning_rate, steps)
+    train(name, optimizer, steps, make_batch, loss_of, folder / f"{name}.pt", log)
+    llava.eval()
 
 
 def make_llava(recipe: Recipe, clip: CLIPModel, tokenizer: LlamaTokenizer) -> LlavaForConditionalGeneration:
@@ -81,7 +163,7 @@ def make_llava(recipe: Recipe, clip: CLIPModel, tokenizer: LlamaTokenizer) -> Ll
 
 
 @torch.no_grad()
-def _encode_scenes(recipe: Recipe, scenes: Scenes, clip: CLIPModel, file: Path, device: str) -> np.ndarray:
+def encode_scenes(recipe: Recipe, scenes: Scenes, tower: torch.nn.Module, file: Path, device: str) -> np.ndarray:
     """What the frozen tower makes of every scene, `(num_scenes, num_patches, vision_width)`, bfloat16 as int16."""
     done_file = file.with_suffix(".done")
     features = memory_map(file, (len(scenes.objects), recipe.num_patches, recipe.vision_width), np.int16)
@@ -89,7 +171,6 @@ def _encode_scenes(recipe: Recipe, scenes: Scenes, clip: CLIPModel, file: Path, 
         return features
     for start in tqdm(range(0, len(features), 100), desc="features", unit="batch"):
         pixels = torch.from_numpy(scenes.pixels[start : start + 100]).to(device)
-        tower = clip.vision_model
         hidden = tower(pixel_values(pixels, torch.bfloat16), output_hidden_states=True).hidden_states[-2]
         features[start : start + 100] = hidden[:, 1:].contiguous().view(torch.int16).cpu().numpy()
     done_file.touch()
@@ -153,7 +234,9 @@ def _by_turns(questions: list[Question], rng: np.random.Generator) -> list[Quest
     return [question for _, _, question in sorted(ranked, key=lambda item: item[:2])]
 
 
-def _decode(llava: LlavaForConditionalGeneration, features, before, input_ids, turns) -> torch.Tensor:
+def _decode(
+    llava: LlavaForConditionalGeneration, features, before, input_ids, turns, kept=None, is_original=None
+) -> torch.Tensor:
     """
     The last hidden states at the tokens after the image.
 
@@ -161,16 +244,33 @@ def _decode(llava: LlavaForConditionalGeneration, features, before, input_ids, t
         features: `(batch, num_patches, vision_width)`.
         before: `(num_before,)`, the tokens before the image.
         input_ids, turns: `(batch, length)`.
+        kept: `(batch, num_kept)`, ascending: the patches that the language model sees. By default all.
+        is_original: `(batch,)`, whether the others leave gaps in the positions.
     """
     model = llava.model.language_model
     embed, batch, length = model.embed_tokens, *input_ids.shape
+    num_before, num_patches = len(before), features.shape[1]
+    if kept is not None:
+        features = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
     image = llava.model.multi_modal_projector(features)
     hidden = torch.cat([embed(before).expand(batch, -1, -1), image, embed(input_ids)], dim=1)
     total = hidden.shape[1]
     turns = torch.nn.functional.pad(turns, (total - length, 0))
     seen = ((turns[:, None] == 0) | (turns[:, None] == turns[..., None])).tril()  # [B, queries, keys]
     mask = torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~seen, -3e38)[:, None]
-    positions = model.rotary_emb(hidden, torch.arange(total, device=hidden.device)[None])
+    places = torch.arange(total, device=hidden.device)[None]
+    if kept is not None:
+        first = num_before + kept.shape[1]
+        original = torch.cat(
+            [
+                places[:, :num_before].expand(batch, -1),
+                num_before + kept,
+                (places[:, first:] + num_patches - kept.shape[1]).expand(batch, -1),
+            ],
+            dim=1,
+        )
+        places = torch.where(is_original[:, None], original, places)
+    positions = model.rotary_emb(hidden, places)
     for layer in model.layers:
         hidden = layer(hidden, attention_mask=mask, position_embeddings=positions)
     return model.norm(hidden[:, -length:])

@@ -40,6 +40,8 @@ class Recipe:
     answer_batch: int = 32
     answer_steps: int = 5_000
     learning_rate: float = 1.2e-3
+    dropped_steps: int = 1_500  # on pictures that lack tokens
+    dropped_learning_rate: float = 6e-4
 
     @property
     def size(self) -> SmallLlava:
@@ -73,5 +75,6 @@ RECIPES = {
         sequence=768,
         answer_batch=64,
         answer_steps=8_000,
+        dropped_steps=3_000,
     ),
 }

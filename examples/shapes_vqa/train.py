@@ -3,36 +3,67 @@ Train the small LLaVA on Shapes-VQA, from drawing the scenes to a Hub folder wit
 
     python -m examples.shapes_vqa.train --output checkpoints/shapes-vqa
 
-Two stages, as for LLaVA-1.5: a CLIP, trained contrastively on captions; then, with its vision tower frozen, a
-projector and a small Llama on questions and answers. `--recipe cpu` takes under two hours on two cores with AMX,
-`--recipe gpu` is a longer run with 576 visual tokens. A run that was stopped goes on where it was: run the same
-command again.
+Three stages. Two are those of LLaVA-1.5: a CLIP, trained contrastively on captions; then, with its vision tower
+frozen, a projector and a small Llama on questions and answers. The third goes on with them on pictures that lack some
+of their tokens: a small model that has only seen whole pictures loses far more to any pruning than a large one does.
+`--recipe cpu` is for two cores with AMX, `--recipe gpu` is a longer run with 576 visual tokens. A run that was stopped
+goes on where it was: run the same command again.
+
+`--from FOLDER` takes a Hub folder with FSR that the first two stages have made, and runs the third:
+
+    python -m examples.shapes_vqa.train --from checkpoints/shapes-vqa --output shapes-vqa-fsr
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import CLIPModel, CLIPTokenizer, GenerationConfig, LlamaTokenizer, LlavaForConditionalGeneration
 
-from fsr_hf import export
+from fsr_hf import FSRLlavaForConditionalGeneration, FSRLlavaProcessor, export
 from fsr_hf.demo.small_llava import clip_image_processor, llava_processor
 from fsr_hf.machine import machine_name, package_versions
 
 from .clip import train_clip
-from .llava import train_llava
+from .llava import encode_scenes, make_llava, train_llava, train_with_dropped_tokens
 from .recipe import RECIPES, Recipe
 from .scenes import Scenes
 from .vocabulary import make_clip_tokenizer, make_tokenizer
 
 
-__all__ = ["run", "save"]
+__all__ = ["run", "run_from", "save"]
 
 
 def run(recipe: Recipe, work: Path, *, device: str = "cpu", seed: int = 0, compiled: bool = True) -> None:
     """Train in `work`, which holds everything that a later run goes on from, and the stock checkpoints at the end."""
+    log = _start_log(work, seed)
+    scenes = Scenes(work, recipe.num_scenes, recipe.image_size)
+    clip_tokenizer, tokenizer = make_clip_tokenizer(), make_tokenizer()
+    clip = train_clip(recipe, scenes, clip_tokenizer, work, device, seed, compiled, log)
+    features = encode_scenes(recipe, scenes, clip.vision_model, work / "features.npy", device)
+    torch.manual_seed(seed)
+    llava = make_llava(recipe, clip, tokenizer).to(device, torch.bfloat16)
+    train_llava(recipe, scenes, features, llava, tokenizer, work, seed, compiled, log)
+    train_with_dropped_tokens(recipe, scenes, features, llava, tokenizer, work, seed, log)
+    save(recipe, clip, clip_tokenizer, llava, tokenizer, work)
+
+
+def run_from(
+    folder: Path, recipe: Recipe, work: Path, *, device: str = "cpu", seed: int = 0
+) -> FSRLlavaForConditionalGeneration:
+    """The third stage alone, from the weights of a Hub folder on."""
+    log = _start_log(work, seed)
+    scenes = Scenes(work, recipe.num_scenes, recipe.image_size)
+    llava = FSRLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    features = encode_scenes(recipe, scenes, llava.model.vision_tower, work / "features.npy", device)
+    train_with_dropped_tokens(recipe, scenes, features, llava, make_tokenizer(), work, seed, log)
+    return llava
+
+
+def _start_log(work: Path, seed: int) -> Callable[[dict], None]:
     work.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
 
@@ -42,11 +73,7 @@ def run(recipe: Recipe, work: Path, *, device: str = "cpu", seed: int = 0, compi
             file.write(json.dumps(rounded | {"seconds": round(time.perf_counter() - started)}) + "\n")
 
     log({"machine": machine_name(), "threads": torch.get_num_threads(), "seed": seed, **package_versions()})
-    scenes = Scenes(work, recipe.num_scenes, recipe.image_size)
-    clip_tokenizer, tokenizer = make_clip_tokenizer(), make_tokenizer()
-    clip = train_clip(recipe, scenes, clip_tokenizer, work, device, seed, compiled, log)
-    llava = train_llava(recipe, scenes, clip, tokenizer, work, device, seed, compiled, log)
-    save(recipe, clip, clip_tokenizer, llava, tokenizer, work)
+    return log
 
 
 def save(
@@ -80,8 +107,16 @@ def main() -> None:
     parser.add_argument(
         "--no-compile", action="store_true", help="leave out torch.compile, which needs a C++ compiler"
     )
+    parser.add_argument("--from", dest="start", type=Path, help="Hub folder of the first two stages: run the third")
     arguments = parser.parse_args()
     recipe = RECIPES[arguments.recipe]
+    if arguments.start is not None:
+        folder = arguments.output or arguments.work / "shapes-vqa-fsr"
+        llava = run_from(arguments.start, recipe, arguments.work, device=arguments.device, seed=arguments.seed)
+        llava.save_pretrained(folder)
+        FSRLlavaProcessor.from_pretrained(arguments.start).save_pretrained(folder)
+        _report(folder)
+        return
     run(recipe, arguments.work, device=arguments.device, seed=arguments.seed, compiled=not arguments.no_compile)
     folder = export(
         arguments.work / "llava",
@@ -92,6 +127,10 @@ def main() -> None:
         base_model="shapes-vqa",
         force=True,
     )
+    _report(folder)
+
+
+def _report(folder: Path) -> None:
     print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()) / 1e6:.1f} MB")
     print(f"python -m benchmarks.quality --model {folder} measures it.")
 
