@@ -4,10 +4,14 @@ How good answers are after pruning: FSR, its ablations and its peers on the same
 The questions are those of Shapes-VQA's test split. An answer is right if greedy decoding gives it, word for word. That
 is so if, and only if, with the answer as the continuation of the prompt every token of it, the end of text included,
 is the most likely one at its place: one pass for a batch of questions, without decoding. The vision tower and the
-scores are computed once for a question, and each method selects from them for the whole batch. A few questions go
-through `generate()` as well, and the run stops if it does not agree.
+scores are computed once for a question, and each method selects from them for the whole batch. What it keeps is asked
+about twice: with the positions that it has without pruning ("original"), and numbered anew ("compact"). A few
+questions go through `generate()` as well, and the run stops if it does not agree.
 
-    python -m benchmarks.quality --seeds 0,1,2 --questions 2000 --json docs/quality.json
+Seeds 0 to 99 are for development: whatever was chosen by results was chosen on them. docs/quality.json is of seeds
+1000 to 1003.
+
+    python -m benchmarks.quality --seeds 1000,1001,1002,1003 --questions 2000 --json docs/quality.json
     python -m benchmarks.quality --docs --json docs/quality.json     # tables and plot of docs/quality.md, no run
 """
 
@@ -36,13 +40,16 @@ from benchmarks.selectors import (
     fastervlm,
     fsr,
     holov,
+    idpruner,
+    prunesid,
     random_tokens,
+    scope,
     uniform_grid,
     visionzip,
     vispruner,
 )
 from examples.shapes_vqa.data import HELD_OUT_PAIRS, KINDS, Question, Scene, held_out_questions
-from fsr_hf import FSRConfig, FSRLlavaConfig, FSRLlavaForConditionalGeneration, FSRLlavaProcessor, select_visual_tokens
+from fsr_hf import FSRLlavaConfig, FSRLlavaForConditionalGeneration, FSRLlavaProcessor, select_visual_tokens
 from fsr_hf.demo.shapes_vqa import shapes_vqa_folder
 from fsr_hf.machine import provenance
 
@@ -51,12 +58,19 @@ __all__ = ["BUDGETS", "METHODS", "Batch", "Method", "encode", "focus_sizes", "is
 
 # The paper's 192, 128, 64 and 32 of 576 tokens.
 BUDGETS = ("1/3", "2/9", "1/9", "1/18")
+POSITIONS = ("compact", "original")
 # A kind of question that the model itself does not answer is no measure of what pruning costs.
 LEAST_ACCURACY = 0.6
 
 
 def _fsr_without_scan(features, saliency, relevance, num_kept: int, **settings) -> Kept:
     return fastervlm(features, _priority(saliency, relevance, **settings), None, num_kept)
+
+
+# The package's defaults for LLaVA: what a variant of FSR does not change.
+_FSR = FSRLlavaConfig().fsr_config
+_DEFAULTS = {name: getattr(_FSR, name) for name in ("alpha", "beta", "rho", "focus_limit", "kappa", "focus_mass")}
+_INVERTED = _FSR.invert_relevance
 
 
 @dataclass(frozen=True)
@@ -71,8 +85,8 @@ class Method:
             As in `benchmarks/selectors.py`.
         before_projector (`bool`):
             Whether it works on the features of the vision tower; what it keeps then goes through the projector.
-        literal (`bool`):
-            Whether relevance is the cosine of question and patch as it is, not inverted.
+        inverted (`bool`):
+            Whether relevance is the cosine of question and patch times -1.
         needs (`tuple[str, ...]`):
             What else it takes: `"generator"`, `"grid"` or `"keys"`.
         settings (`dict`, *optional*):
@@ -82,7 +96,7 @@ class Method:
     label: str
     select: Callable[..., Kept]
     before_projector: bool = False
-    literal: bool = False
+    inverted: bool = True
     needs: tuple[str, ...] = ()
     settings: dict[str, Any] | None = None
 
@@ -91,30 +105,37 @@ class Method:
         return self.select is fsr
 
 
+_OTHER_SIGN = "relevance not inverted" if _INVERTED else "relevance inverted"
 METHODS = {
-    "unpruned": Method("Unpruned", lambda features, *_: (features, torch.empty(0))),
+    "unpruned": Method(
+        "Unpruned", lambda features, *_: (features, features.new_empty(len(features), 0, dtype=torch.long))
+    ),
     "random": Method("Random", random_tokens, needs=("generator",)),
     "uniform": Method("Uniform grid", uniform_grid, needs=("grid",)),
     "cls": Method("FasterVLM ([CLS] attention)", fastervlm),
     "vispruner": Method("VisPruner", vispruner, before_projector=True),
     "visionzip": Method("VisionZip", visionzip, before_projector=True, needs=("keys",)),
     "divprune": Method("DivPrune", divprune),
-    "cdpruner": Method("CDPruner", cdpruner, before_projector=True),
+    "cdpruner": Method("CDPruner", cdpruner),
     "holov": Method("HoloV", holov),
-    "fsr": Method("FSR", fsr, settings={}),
+    "idpruner": Method("IDPruner", idpruner),
+    "scope": Method("SCOPE", scope, before_projector=True),
+    "prunesid": Method("PruneSID", prunesid, before_projector=True),
+    "fsr": Method("FSR", fsr, inverted=_INVERTED, settings={}),
+    "fsr-paper": Method("FSR, the literal formulas", fsr, inverted=False, settings={"focus_limit": 1.0}),
+    "fsr-other-sign": Method(_OTHER_SIGN, fsr, inverted=not _INVERTED, settings={}),
+    "fsr-limit1": Method("`focus_limit=1`", fsr, inverted=_INVERTED, settings={"focus_limit": 1.0}),
     "fsr-alpha0": Method("α = 0: no relevance", fsr, settings={"alpha": 0.0}),
-    "fsr-beta0": Method("β = 0: no saliency", fsr, settings={"beta": 0.0}),
-    "fsr-literal": Method("relevance not inverted", fsr, literal=True, settings={}),
-    "fsr-no-scan": Method("no Scan: top K by priority", _fsr_without_scan, settings={}),
-    "fsr-no-refine": Method("no Refine: κ = 0", fsr, settings={"kappa": 0.0}),
-    "fsr-kappa5": Method("κ = 5", fsr, settings={"kappa": 5.0}),
-    "fsr-rho0.5": Method("ρ = 0.5", fsr, settings={"rho": 0.5}),
-    "fsr-rho0.7": Method("ρ = 0.7", fsr, settings={"rho": 0.7}),
-    "fsr-mass-budget": Method('`focus_mass="budget"`', fsr, settings={"focus_mass": "budget"}),
-    "fsr-before-projector": Method("Scan and Refine before the projector", fsr, before_projector=True, settings={}),
+    "fsr-beta0": Method("β = 0: no saliency", fsr, inverted=_INVERTED, settings={"beta": 0.0}),
+    "fsr-no-scan": Method("no Scan: top K by priority", _fsr_without_scan, inverted=_INVERTED, settings={}),
+    "fsr-no-refine": Method("no Refine: κ = 0", fsr, inverted=_INVERTED, settings={"kappa": 0.0}),
+    "fsr-kappa5": Method("κ = 5", fsr, inverted=_INVERTED, settings={"kappa": 5.0}),
+    "fsr-rho0.5": Method("ρ = 0.5", fsr, inverted=_INVERTED, settings={"rho": 0.5}),
+    "fsr-mass-budget": Method('`focus_mass="budget"`', fsr, inverted=_INVERTED, settings={"focus_mass": "budget"}),
+    "fsr-before-projector": Method(
+        "Scan and Refine before the projector", fsr, before_projector=True, inverted=_INVERTED, settings={}
+    ),
 }
-# What a variant of FSR does not change: the package's defaults, which are the paper's.
-_DEFAULTS = {name: getattr(FSRConfig(), name) for name in ("alpha", "beta", "rho", "kappa", "focus_mass")}
 
 
 @dataclass
@@ -145,6 +166,8 @@ class Batch:
             The same for the name of the object in question, such as "a red star"; of no meaning without one.
         on_object (`torch.BoolTensor` of shape `(batch, num_tokens)`):
             Patches of the object in question; none without one.
+        on_other (`torch.BoolTensor` of shape `(batch, num_tokens)`):
+            Patches of other objects, and not of it; none without an object in question.
         grid (`tuple[int, int]`):
             Rows and columns of patches.
     """
@@ -160,6 +183,7 @@ class Batch:
     cosine: torch.Tensor
     name_cosine: torch.Tensor
     on_object: torch.Tensor
+    on_other: torch.Tensor
     grid: tuple[int, int]
 
 
@@ -172,8 +196,8 @@ Example = tuple[Scene, Question]
 def load(folder: str | os.PathLike, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
     """The model, with FSR's defaults whatever its config says, and its processor."""
     model = FSRLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
-    for name in (*_DEFAULTS, "relevance", "invert_relevance"):
-        setattr(model.config.fsr_config, name, getattr(FSRConfig(), name))
+    for name in (*_DEFAULTS, "relevance", "invert_relevance", "positions"):
+        setattr(model.config.fsr_config, name, getattr(_FSR, name))
     if model.text_encoder is None:
         raise ValueError(
             f"{folder} has no text encoder: export it with `text_encoder=`, for relevance to the question."
@@ -214,7 +238,16 @@ def encode(model, processor, examples: Sequence[Example]) -> Batch:
     named = processor.tokenize_queries(names)
     name = model.text_encoder.encode_query(*(torch.tensor(ids, device=model.device) for ids in named.values()))
     size = tower.config.image_size // tower.config.patch_size
-    boxes = [None if item is None else item.box for item in objects]
+    patch_size = tower.config.patch_size
+    on_object = object_patches([None if item is None else item.box for item in objects], size, patch_size)
+    on_other = torch.stack(
+        [
+            object_patches(
+                [None if item is None else other.box for other in scene.objects if other is not item], size, patch_size
+            ).any(0)
+            for item, (scene, _) in zip(objects, examples)
+        ]
+    )
 
     prefix, suffix, starts, answers = _text(model, processor, inputs, [asked.answer for _, asked in examples])
     return Batch(
@@ -228,7 +261,8 @@ def encode(model, processor, examples: Sequence[Example]) -> Batch:
         saliency=saliency,
         cosine=-relevance,
         name_cosine=model.text_encoder(tower.post_layernorm(outputs.hidden_states[num_layers - 1][:, 1:]), name),
-        on_object=object_patches(boxes, size, tower.config.patch_size).to(model.device),
+        on_object=on_object.to(model.device),
+        on_other=(on_other & ~on_object).to(model.device),
         grid=(size, size),
     )
 
@@ -260,7 +294,7 @@ def _text(model, processor, inputs, answers: list[str]):
 
 def object_patches(boxes: Sequence[tuple | None], size: int, patch_size: int) -> torch.Tensor:
     """Which of `size` x `size` patches a box (left, top, right, bottom) covers at least half: `(boxes, patches)`."""
-    corners = torch.tensor([(0, 0, 0, 0) if box is None else tuple(box) for box in boxes]).float()
+    corners = torch.tensor([(0, 0, 0, 0) if box is None else tuple(box) for box in boxes]).view(-1, 4).float()
     edges = torch.arange(size) * patch_size
 
     def shared(low, high):  # of an axis, in pixels: (boxes, size)
@@ -277,18 +311,35 @@ def select(model, method: Method, batch: Batch, num_kept: int, generator: torch.
     if method.settings is not None:
         extra |= _DEFAULTS | method.settings
     features = batch.patches if method.before_projector else batch.tokens
-    relevance = batch.cosine if method.literal else -batch.cosine
+    relevance = -batch.cosine if method.inverted else batch.cosine
     kept, indices = method.select(features, batch.saliency, relevance, num_kept, **extra)
     return model.model.multi_modal_projector(kept) if method.before_projector else kept, indices
 
 
-def is_right(model, batch: Batch, visual: torch.Tensor) -> torch.Tensor:
-    """Whether greedy decoding after these visual tokens `(batch, kept, hidden_size)` gives the answer: `(batch,)`."""
+def is_right(model, batch: Batch, visual: torch.Tensor, indices: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Whether greedy decoding after these visual tokens gives the answer: `(batch,)`.
+
+    Args:
+        visual: `(batch, kept, hidden_size)`.
+        indices: `(batch, kept)`, where they stood among all tokens, to keep the positions of the whole prompt; `None`
+            numbers what is left anew.
+    """
     embed = model.get_input_embeddings()
+    positions = {}
+    if indices is not None:
+        indices, order = indices.sort(-1)
+        visual = visual.gather(1, order[..., None].expand_as(visual))
+        before = len(batch.prefix)
+        after = torch.arange(batch.suffix.shape[1], device=visual.device) + before + batch.tokens.shape[1]
+        parts = (torch.arange(before, device=visual.device), before + indices, after)
+        ids = torch.cat([part.expand(len(visual), -1) for part in parts], dim=1)
+        # Without a mask, gaps in the positions would be read as the borders of packed sequences.
+        positions = {"position_ids": ids, "attention_mask": torch.ones_like(ids)}
     prefix = embed(batch.prefix).expand(len(visual), -1, -1)
     embeds = torch.cat([prefix, visual.to(prefix.dtype), embed(batch.suffix)], dim=1)
-    # Attention is causal and padding comes last: no mask is needed.
-    hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    # Attention is causal and padding comes last: no mask of it is needed.
+    hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False, **positions).last_hidden_state
     offset = embeds.shape[1] - batch.suffix.shape[1] - 1
     places = offset + batch.starts[:, None] + torch.arange(batch.answers.shape[1], device=embeds.device)
     places = places.clamp(max=embeds.shape[1] - 1)
@@ -302,19 +353,19 @@ def _priority(saliency, relevance, *, alpha, beta, **_) -> torch.Tensor:
 
 
 def focus_sizes(priority: torch.Tensor, num_kept: int, *, rho: float, focus_mass: str, **_) -> torch.Tensor:
-    """Eq. 4, before it is cut to the budget: how many tokens hold the share `rho` of the mass. `(batch,)`."""
+    """Eq. 4, before the limit of Focus cuts it: how many tokens hold the share `rho` of the mass. `(batch,)`."""
     mass = priority.double().sort(dim=-1, descending=True).values.cumsum(-1)
     total = mass[:, num_kept - 1 if focus_mass == "budget" else -1, None]
     return (mass < rho * total).sum(-1) + 1
 
 
-def area_under_curve(scores: torch.Tensor, on_object: torch.Tensor) -> torch.Tensor:
+def area_under_curve(scores: torch.Tensor, on_object: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """
-    The probability that a patch of the object has a higher score than another patch, ties counted half: `(batch,)`,
-    NaN where all patches are of one sort.
+    The probability that a patch of the object has a higher score than one of the others, ties counted half:
+    `(batch,)`, NaN where there is no pair of such patches.
     """
     above = (scores[:, :, None] > scores[:, None]) + 0.5 * (scores[:, :, None] == scores[:, None])
-    pairs = on_object[:, :, None] & ~on_object[:, None]
+    pairs = on_object[:, :, None] & others[:, None]
     return (above * pairs).sum((1, 2)) / pairs.sum((1, 2))
 
 
@@ -325,7 +376,7 @@ def area_under_curve(scores: torch.Tensor, on_object: torch.Tensor) -> torch.Ten
 class Tally:
     """What is measured of a method at a budget, question by question, in the order of the questions."""
 
-    right: list[torch.Tensor] = field(default_factory=list)
+    right: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))  # by positions
     recall: list[torch.Tensor] = field(default_factory=list)
     focus: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
 
@@ -339,6 +390,7 @@ def measure(
     questions: int,
     batch_size: int = 128,
     progress: bool = False,
+    positions: str = "compact",
 ) -> dict[str, Any]:
     """
     Ask everything, and sum up.
@@ -348,6 +400,7 @@ def measure(
         budgets (`list[int]`): Tokens to keep.
         seeds (`list[int]`): Each gives questions of its own.
         questions (`int`): Number of questions of a seed.
+        positions (`str`): The results that are not of both are of these.
 
     Returns:
         `dict[str, Any]`: what is written as JSON, less what the run as a whole adds.
@@ -356,7 +409,7 @@ def measure(
     config = model.config.vision_config
     num_tokens = (config.image_size // config.patch_size) ** 2
     tallies: dict[tuple[str, int], Tally] = defaultdict(Tally)
-    areas: dict[str, list[torch.Tensor]] = defaultdict(list)
+    areas: dict[str, dict[str, list[torch.Tensor]]] = {"all": defaultdict(list), "objects": defaultdict(list)}
     asked: list[tuple[int, str]] = []
     held_out: list[bool | None] = []
     checked = None
@@ -364,16 +417,17 @@ def measure(
     for seed in seeds:
         examples = list(held_out_questions(seed, questions, config.image_size))
         if checked is None:
-            checked = check_generate(model, processor, examples[:40], budgets[len(budgets) // 2])
+            checked = check_generate(model, processor, examples[:40], budgets[len(budgets) // 2], positions)
         examples.sort(key=lambda example: len(example[1].text))  # of one length, little is padding
         for first in range(0, questions, batch_size):
             part = examples[first : first + batch_size]
             with torch.inference_mode():
                 batch = encode(model, processor, part)
                 for name, scores in _object_scores(batch).items():
-                    areas[name].append(area_under_curve(scores, batch.on_object).cpu())
+                    for against, others in (("all", ~batch.on_object), ("objects", batch.on_other)):
+                        areas[against][name].append(area_under_curve(scores, batch.on_object, others).cpu())
                 for budget in [num_tokens, *budgets]:
-                    known: list[tuple[torch.Tensor, torch.Tensor]] = []
+                    known: list[Known] = []
                     for name in ["unpruned"] if budget == num_tokens else methods[1:]:
                         generator = torch.Generator().manual_seed((seed * questions + first) * num_tokens + budget)
                         _tally(tallies[name, budget], model, METHODS[name], batch, budget, generator, known)
@@ -387,41 +441,58 @@ def measure(
         "seed": seeds[0],
         "seeds": list(seeds),
         "checked": checked,
-        **summarize(tallies, asked, num_tokens),
-        "sign": _summarize_areas(areas, [kind for _, kind in asked]),
+        "positions": positions,
+        "fsr": _DEFAULTS | {"invert_relevance": _INVERTED},
+        **summarize(tallies, asked, num_tokens, positions),
+        "sign": {
+            against: _summarize_areas(of_scores, [kind for _, kind in asked]) for against, of_scores in areas.items()
+        },
         "pairs": _summarize_pairs(
-            torch.cat(tallies["unpruned", num_tokens].right), torch.cat(areas["name"]), held_out
+            torch.cat(tallies["unpruned", num_tokens].right[positions]), torch.cat(areas["all"]["name"]), held_out
         ),
     }
 
 
-def _tally(tally: Tally, model, method: Method, batch: Batch, budget: int, generator, known: list) -> None:
+# Visual tokens, their indices, and the verdicts by positions.
+Known = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+def _tally(tally: Tally, model, method: Method, batch: Batch, budget: int, generator, known: list[Known]) -> None:
     visual, indices = select(model, method, batch, budget, generator)
-    right = _verdicts(model, batch, visual, known)
-    known.append((visual, right))
-    tally.right.append(right.cpu())
-    if len(indices):
+    right = _verdicts(model, batch, visual, indices, known)
+    known.append((visual, indices, right))
+    for positions, verdicts in right.items():
+        tally.right[positions].append(verdicts.cpu())
+    if indices.numel():
         kept = torch.zeros_like(batch.on_object).scatter(1, indices, True)
         tally.recall.append(((kept & batch.on_object).sum(-1) / batch.on_object.sum(-1)).cpu())
     if method.has_focus:
         settings = _DEFAULTS | method.settings
-        relevance = batch.cosine if method.literal else -batch.cosine
+        relevance = -batch.cosine if method.inverted else batch.cosine
         for name, given in (("with_query", relevance), ("without_query", None)):
             priority = _priority(batch.saliency, given, **settings)
             tally.focus[name].append(focus_sizes(priority, budget, **settings).cpu())
 
 
-def _verdicts(model, batch: Batch, visual: torch.Tensor, known: list[tuple[torch.Tensor, torch.Tensor]]):
-    """`is_right`, less the work for rows that another method has kept the very same tokens of."""
-    right, is_open = torch.zeros_like(batch.starts, dtype=torch.bool), torch.ones_like(batch.starts, dtype=torch.bool)
-    for other, verdicts in known:
-        same = is_open & (visual == other).flatten(1).all(-1)
-        right, is_open = torch.where(same, verdicts, right), is_open & ~same
+def _verdicts(
+    model, batch: Batch, visual: torch.Tensor, indices: torch.Tensor, known: list[Known]
+) -> dict[str, torch.Tensor]:
+    """`is_right` by positions, less the work for rows that another method has kept the very same tokens of."""
+    right = {positions: torch.zeros_like(batch.starts, dtype=torch.bool) for positions in POSITIONS}
+    is_open = torch.ones_like(batch.starts, dtype=torch.bool)
+    for other, other_indices, verdicts in known:
+        same = is_open & (visual == other).flatten(1).all(-1) & (indices == other_indices).all(-1)
+        right = {positions: torch.where(same, verdicts[positions], right[positions]) for positions in POSITIONS}
+        is_open = is_open & ~same
     if is_open.any():
         rest = replace(
             batch, suffix=batch.suffix[is_open], starts=batch.starts[is_open], answers=batch.answers[is_open]
         )
-        right[is_open] = is_right(model, rest, visual[is_open])
+        whole = indices.numel() == 0  # nothing is pruned: both are the same
+        right["compact"][is_open] = is_right(model, rest, visual[is_open])
+        right["original"][is_open] = (
+            right["compact"][is_open] if whole else is_right(model, rest, visual[is_open], indices[is_open])
+        )
     return right
 
 
@@ -430,12 +501,14 @@ def _object_scores(batch: Batch) -> dict[str, torch.Tensor]:
         "question": batch.cosine,
         "name": batch.name_cosine,
         "saliency": batch.saliency,
-        "priority": _priority(batch.saliency, -batch.cosine, **_DEFAULTS),
-        "priority-literal": _priority(batch.saliency, batch.cosine, **_DEFAULTS),
+        "priority-inverted": _priority(batch.saliency, -batch.cosine, **_DEFAULTS),
+        "priority": _priority(batch.saliency, batch.cosine, **_DEFAULTS),
     }
 
 
-def check_generate(model, processor, examples: Sequence[Example], budget: int) -> dict[str, int]:
+def check_generate(
+    model, processor, examples: Sequence[Example], budget: int, positions: str = "compact"
+) -> dict[str, int]:
     """
     Ask some questions by `generate()`, from pixels, and compare.
 
@@ -453,10 +526,12 @@ def check_generate(model, processor, examples: Sequence[Example], budget: int) -
             ("unpruned", num_tokens, {"fsr_enabled": False}),
             ("fsr", budget, {"num_visual_tokens": budget}),
         ):
+            model.config.fsr_config.positions = positions
             output = model.generate(**inputs, max_new_tokens=length, do_sample=False, **options)
             texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            visual, _ = select(model, METHODS[name], batch, kept)
-            verdicts = is_right(model, batch, visual).tolist()
+            visual, indices = select(model, METHODS[name], batch, kept)
+            keeps_positions = positions == "original" and indices.numel()
+            verdicts = is_right(model, batch, visual, indices if keeps_positions else None).tolist()
             for text, verdict, (_, question) in zip(texts, verdicts, examples):
                 agree += (text.strip() == question.answer) == verdict
     if agree < 0.9 * 2 * len(examples):
@@ -471,14 +546,20 @@ def check_generate(model, processor, examples: Sequence[Example], budget: int) -
 
 
 def summarize(
-    tallies: dict[tuple[str, int], Tally], asked: Sequence[tuple[int, str]], num_tokens: int
+    tallies: dict[tuple[str, int], Tally],
+    asked: Sequence[tuple[int, str]],
+    num_tokens: int,
+    positions: str = "compact",
 ) -> dict[str, Any]:
     """`results` and what belongs to them. `asked` has seed and kind of every question."""
     seeds = sorted({seed for seed, _ in asked})
     of_seed = {seed: torch.tensor([other == seed for other, _ in asked]) for seed in seeds}
     of_kind = {kind: torch.tensor([other == kind for _, other in asked]) for kind in KINDS}
     of_kind = {kind: chosen for kind, chosen in of_kind.items() if chosen.any()}
-    right = {key: torch.cat(tally.right).double() for key, tally in tallies.items()}
+    by_positions = {
+        key: {mode: torch.cat(parts).double() for mode, parts in tally.right.items()} for key, tally in tallies.items()
+    }
+    right = {key: values[positions] for key, values in by_positions.items()}
     unpruned = right["unpruned", num_tokens]
     base = {kind: unpruned[chosen].mean().item() for kind, chosen in of_kind.items()}
     measured = [kind for kind, accuracy in base.items() if accuracy >= LEAST_ACCURACY]
@@ -501,14 +582,25 @@ def summarize(
             "retained_interval": over_seeds(retained),
             "binomial_interval": binomial(int(values.sum()), len(values)),
         }
-        if ("fsr", budget) in right and not name.startswith("unpruned"):
-            result["against_fsr"] = paired(values - right["fsr", budget])
+        if name != "unpruned":
+            result["positions"] = {}
+            for mode, other in by_positions[name, budget].items():
+                result["positions"][mode] = {
+                    "accuracy": other.mean().item(),
+                    "retained": other.mean().item() / _or_nan(unpruned.mean().item()),
+                    "gain_over_compact": paired(other - by_positions[name, budget]["compact"]),
+                }
+                if ("fsr", budget) in right:
+                    result["positions"][mode]["against_fsr"] = paired(other - right["fsr", budget])
+            if ("fsr", budget) in right:
+                result["against_fsr"] = paired(values - right["fsr", budget])
         if tally.recall:
             recall = torch.cat(tally.recall)
             result["object_recall"] = recall[recall.isfinite()].mean().item() if recall.isfinite().any() else None
         if tally.focus:
             result["focus"] = {
-                given: _summarize_focus(torch.cat(sizes), budget) for given, sizes in tally.focus.items()
+                given: _summarize_focus(torch.cat(sizes), budget, METHODS[name])
+                for given, sizes in tally.focus.items()
             }
         results.append(result)
     return {
@@ -517,15 +609,17 @@ def summarize(
     }
 
 
-def _summarize_focus(sizes: torch.Tensor, budget: int) -> dict[str, float]:
-    """Of K_F / K, where K_F is cut to the budget; and the share of questions with no room for Scan."""
-    shares = sizes.clamp(max=budget).double() / budget
-    low, median, high = shares.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.double)).tolist()
+def _summarize_focus(sizes: torch.Tensor, budget: int, method: Method) -> dict[str, float]:
+    """Of K_F / K, where K_F is cut to the limit of Focus; and how often the limit cuts, and leaves Scan no room."""
+    limit = max(1, int((_DEFAULTS | method.settings)["focus_limit"] * budget + 1e-6))
+    sizes_cut = sizes.clamp(max=limit)
+    low, median, high = (sizes_cut.double() / budget).quantile(torch.tensor([0.1, 0.5, 0.9]).double()).tolist()
     return {
         "median": median,
         "low": low,
         "high": high,
-        "scan_empty": (sizes >= budget).double().mean().item(),
+        "at_limit": (sizes > limit).double().mean().item(),
+        "scan_empty": (sizes_cut >= budget).double().mean().item(),
         "tokens": sizes.double().median().item(),
     }
 
@@ -643,6 +737,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--budgets", default=",".join(BUDGETS), help="numbers of tokens, or shares (default: %(default)s)"
     )
+    parser.add_argument(
+        "--positions",
+        choices=POSITIONS,
+        default=_FSR.positions,
+        help="of what is not shown with both (default: the package's, %(default)s)",
+    )
     parser.add_argument("--model", help="an FSR folder of the LLaVA-1.5 family (default: the package's own)")
     parser.add_argument("--batch-size", type=int, default=128, help="questions at a time (default: 128)")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32 (default: the checkpoint's own)")
@@ -685,7 +785,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     model, processor = load(folder, options.dtype, options.device)
     result = measure(
-        model, processor, methods, budgets, seeds, options.questions, options.batch_size, progress=sys.stderr.isatty()
+        model,
+        processor,
+        methods,
+        budgets,
+        seeds,
+        options.questions,
+        options.batch_size,
+        progress=sys.stderr.isatty(),
+        positions=options.positions,
     )
     result |= {
         "model": Path(folder).name,

@@ -9,6 +9,9 @@ in; `saliency` and `relevance` `(batch, num_tokens)` are those of FSR: the atten
 fits the question, higher for a better fit, `None` without a question; `num_kept` is less than `num_tokens`. Kept
 tokens stand in their order in the picture. Everything runs for the whole batch at once, in float32 where tokens are
 compared; equal scores go to the lower index.
+
+Where a paper and the code that its authors published differ, the code counts, and the docstring says so. It also names
+every deviation from that code that is left.
 """
 
 from collections.abc import Callable
@@ -27,7 +30,11 @@ __all__ = [
     "fastervlm",
     "fsr",
     "holov",
+    "idpruner",
+    "mixed_distances",
+    "prunesid",
     "random_tokens",
+    "scope",
     "uniform_grid",
     "visionzip",
     "vispruner",
@@ -72,7 +79,16 @@ def fastervlm(features, saliency, relevance, num_kept: int) -> Kept:
     return _keep(features, _top(saliency, num_kept))
 
 
-def vispruner(features, saliency, relevance, num_kept: int, *, important_ratio: float = 0.5, step: int = 8) -> Kept:
+def vispruner(
+    features,
+    saliency,
+    relevance,
+    num_kept: int,
+    *,
+    important_ratio: float = 0.5,
+    step: int = 8,
+    distances: torch.Tensor | None = None,
+) -> Kept:
     """
     VisPruner, "Beyond Text-Visual Attention" (ICCV 2025, arXiv 2412.01818v2). A share of the budget goes to the tokens
     that [CLS] looks at most. Of the others duplicates are removed until the rest of the budget is left: they stand by
@@ -80,13 +96,17 @@ def vispruner(features, saliency, relevance, num_kept: int, *, important_ratio: 
     most similar to a token of the second go, again and again.
 
     In the paper `features` are those of the vision tower, before the projector.
+
+    Args:
+        distances (`torch.FloatTensor` of shape `(batch, num_tokens, num_tokens)`, *optional*):
+            In place of the cosine distances.
     """
     num_tokens = features.shape[1]
     num_important = int(num_kept * important_ratio)
     num_diverse = num_kept - num_important
     order = saliency.float().argsort(dim=-1, descending=True, stable=True)
     important, others = order[:, :num_important], order[:, num_important:]
-    cosines = _cosines(features)
+    cosines = _cosines(features) if distances is None else 1 - distances
     while others.shape[1] > num_diverse:
         first, second = others[:, ::2], others[:, 1::2]
         number = min(step, others.shape[1] - num_diverse, first.shape[1])
@@ -109,8 +129,8 @@ def visionzip(
     """
     VisionZip (CVPR 2025, arXiv 2412.04467). The dominant tokens are those that [CLS] looks at most. Of the others,
     some at equal distances are targets; each of the rest is merged into the target with the most similar key, and a
-    contextual token is the mean of a target and what was merged into it. The paper keeps 54 + 10, 108 + 20 and
-    162 + 30 tokens, which gives `contextual_ratio`.
+    contextual token is the sum of a target and the mean of what was merged into it, as in the authors' code. The
+    paper keeps 54 + 10, 108 + 20 and 162 + 30 tokens, which gives `contextual_ratio`.
 
     The dominant tokens come first, then the contextual ones; the index of a contextual token is that of its target.
     The paper counts [CLS] as one of the dominant tokens; it is no visual token here.
@@ -132,19 +152,23 @@ def visionzip(
     unit = normalize((features if keys is None else keys).float(), dim=-1)
     nearest = (_take(unit, merged) @ _take(unit, targets).mT).argmax(-1)  # (batch, merged)
     members = nearest[:, None] == torch.arange(num_contextual, device=features.device)[:, None]  # (batch, targets, ..)
-    total = _take(features, targets).float() + members.float() @ _take(features, merged).float()
-    contextual = (total / (1 + members.sum(-1, keepdim=True))).to(features.dtype)
+    mean = members.float() @ _take(features, merged).float() / members.sum(-1, keepdim=True).clamp(min=1)
+    contextual = (_take(features, targets).float() + mean).to(features.dtype)
     return torch.cat([_take(features, dominant), contextual], dim=1), torch.cat([dominant, targets], dim=1)
 
 
-def divprune(features, saliency, relevance, num_kept: int) -> Kept:
+def divprune(features, saliency, relevance, num_kept: int, *, distances: torch.Tensor | None = None) -> Kept:
     """
     DivPrune (CVPR 2025, arXiv 2503.02175): the max-min diversity problem, solved greedily. The first token is the one
     whose nearest other token is farthest away, in cosine distance; then always the one farthest from all chosen.
 
     In the paper `features` are the tokens after the projector.
+
+    Args:
+        distances (`torch.FloatTensor` of shape `(batch, num_tokens, num_tokens)`, *optional*):
+            In place of the cosine distances.
     """
-    cosines = _cosines(features)
+    cosines = _cosines(features) if distances is None else 1 - distances
     others = cosines.clone()
     others.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     chosen = others.amax(-1).argmin(-1, keepdim=True)
@@ -157,15 +181,21 @@ def divprune(features, saliency, relevance, num_kept: int) -> Kept:
     return _keep(features, torch.cat(indices, dim=1))
 
 
-def cdpruner(features, saliency, relevance, num_kept: int) -> Kept:
+def cdpruner(features, saliency, relevance, num_kept: int, *, distances: torch.Tensor | None = None) -> Kept:
     """
     CDPruner (NeurIPS 2025, arXiv 2506.10967): greedy MAP inference of a determinantal point process whose kernel is
     the cosine of two tokens times the relevance of both, min-max normalised; without a question, the cosine alone. The
     fast algorithm of Chen et al. (arXiv 1709.05135) grows the Cholesky factor of the chosen rows token by token.
 
-    In the paper `features` are those of the vision tower, before the projector.
+    `features` are the tokens after the projector, as in the authors' code. That code has no chunks of a long question
+    with BOS and EOS of their own; questions here are short. Without the small number in the denominator below, a
+    constant relevance would be undefined.
+
+    Args:
+        distances (`torch.FloatTensor` of shape `(batch, num_tokens, num_tokens)`, *optional*):
+            In place of the cosine distances.
     """
-    kernel = _cosines(features)
+    kernel = _cosines(features) if distances is None else 1 - distances
     kernel.diagonal(dim1=1, dim2=2).fill_(1.0)  # rounded, the first choice among equals would be by chance
     if relevance is not None:
         relevance = relevance.float()
@@ -188,15 +218,16 @@ def cdpruner(features, saliency, relevance, num_kept: int) -> Kept:
     return _keep(features, torch.cat(indices, dim=1))
 
 
-def holov(features, saliency, relevance, num_kept: int, *, num_crops: int = 16, context_weight: float = 0.09) -> Kept:
+def holov(features, saliency, relevance, num_kept: int, *, num_crops: int = 16) -> Kept:
     """
-    HoloV (NeurIPS 2025, arXiv 2510.02912). The picture is cut into crops, runs of tokens in reading order. The score
-    of a token is its attention from [CLS] plus its visual context: the variance of its cosines to the other tokens of
-    its crop, scaled to the crop's attention and weighted. Crops share the budget in proportion to their mean scores,
-    what is left over going to the highest; within a crop the highest scores win. A crop takes no more than it has.
+    HoloV (NeurIPS 2025, arXiv 2510.02912). The picture is cut into crops, runs of tokens in reading order. Crops
+    share the budget in proportion to their mean attention from [CLS], what is left over going to the highest; within
+    a crop the tokens with the highest attention win.
 
-    Numbers are the defaults of the authors' code, which within a crop ranks by attention alone. `features` are the
-    tokens after the projector.
+    That is the authors' code. It also computes the visual context of the paper, the variance of a token's cosines to
+    its crop; but scaled so that it has the same mean as the attention in every crop, it changes no share of the
+    budget, and within a crop the code ranks by attention alone. `num_crops` is its default. Where a crop's share is
+    more than it has, the code fills up with zeros; here the rest goes to the other crops.
     """
     batch, num_tokens, _ = features.shape
     device = features.device
@@ -204,16 +235,7 @@ def holov(features, saliency, relevance, num_kept: int, *, num_crops: int = 16, 
     sizes = torch.tensor([len(part) for part in parts], device=device)
     crops = pad_sequence(list(parts), batch_first=True)  # (crops, size)
     is_real = torch.arange(crops.shape[1], device=device) < sizes[:, None]
-    unit = normalize(features.float(), dim=-1)[:, crops]  # (batch, crops, size, hidden_size)
-    is_other = is_real[:, :, None] & is_real[:, None] & ~torch.eye(crops.shape[1], dtype=torch.bool, device=device)
-    count = is_other.sum(-1).clamp(min=1)  # (crops, size)
-    cosines = unit @ unit.mT
-    mean = (cosines * is_other).sum(-1) / count
-    context = ((cosines - mean[..., None]) ** 2 * is_other).sum(-1) / count
-    attention = saliency.float()[:, crops] * is_real
-    scale = attention.sum(-1, keepdim=True) / context.sum(-1, keepdim=True).clamp(min=1e-12)
-    scores = (attention + context_weight * scale * context).masked_fill(~is_real, -torch.inf)
-
+    scores = saliency.float()[:, crops].masked_fill(~is_real, -torch.inf)
     weights = scores.masked_fill(~is_real, 0.0).sum(-1) / sizes  # (batch, crops)
     weights = weights / weights.sum(-1, keepdim=True)
     quotas = torch.minimum((weights * num_kept).floor().long(), sizes)
@@ -226,6 +248,124 @@ def holov(features, saliency, relevance, num_kept: int, *, num_crops: int = 16, 
     return _keep(features, is_kept.nonzero()[:, 1].view(batch, num_kept))
 
 
+def idpruner(
+    features,
+    saliency,
+    relevance,
+    num_kept: int,
+    *,
+    importance_weight: float = 0.5,
+    distances: torch.Tensor | None = None,
+) -> Kept:
+    """
+    IDPruner (arXiv 2602.13315; AngelSlim): maximal marginal relevance. The most important token comes first, then
+    always the one with the highest `importance_weight * importance - (1 - importance_weight) * similarity`, where
+    importance is min-max normalised and similarity is the cosine to the most similar chosen token. 0.5 is the default
+    of the authors' code; `features` are the tokens after the projector, as there.
+
+    That code takes importance from a scorer of its own that was trained for each model (VisionSelector). There is
+    none for this model, so it is the attention of [CLS] here.
+
+    Args:
+        distances (`torch.FloatTensor` of shape `(batch, num_tokens, num_tokens)`, *optional*):
+            In place of the cosine distances.
+    """
+    cosines = _cosines(features) if distances is None else 1 - distances
+    saliency = saliency.float()
+    low, high = saliency.amin(-1, keepdim=True), saliency.amax(-1, keepdim=True)
+    importance = (saliency - low) / (high - low + 1e-6)
+    chosen = importance.argmax(-1, keepdim=True)
+    indices = [chosen]
+    closest = torch.full_like(importance, -torch.inf)
+    for _ in range(num_kept - 1):
+        closest = torch.maximum(closest, _take(cosines, chosen)[:, 0]).scatter_(1, chosen, torch.inf)
+        chosen = (importance_weight * importance - (1 - importance_weight) * closest).argmax(-1, keepdim=True)
+        indices.append(chosen)
+    return _keep(features, torch.cat(indices, dim=1))
+
+
+def scope(features, saliency, relevance, num_kept: int, *, distances: torch.Tensor | None = None) -> Kept:
+    """
+    SCOPE (NeurIPS 2025, arXiv 2510.24214). Always the token with the highest product of saliency and coverage gain
+    is added: how much closer all tokens come, in sum over their cosines, to the most similar chosen one. A negative
+    cosine counts as 0. `features` are those of the vision tower, as in the authors' code, and the exponent of the
+    saliency is 1, its default.
+
+    Args:
+        distances (`torch.FloatTensor` of shape `(batch, num_tokens, num_tokens)`, *optional*):
+            In place of the cosine distances.
+    """
+    cosines = _cosines(features) if distances is None else 1 - distances
+    saliency = saliency.float()
+    covered = torch.zeros_like(saliency)
+    indices = []
+    for _ in range(num_kept):
+        gain = (cosines - covered[:, None]).clamp(min=0).sum(-1) * saliency  # rows: the token that would be added
+        for chosen in indices:
+            gain = gain.scatter(1, chosen, -torch.inf)
+        chosen = gain.argmax(-1, keepdim=True)
+        covered = torch.maximum(covered, _take(cosines, chosen)[:, 0])
+        indices.append(chosen)
+    return _keep(features, torch.cat(indices, dim=1))
+
+
+def prunesid(features, saliency, relevance, num_kept: int) -> Kept:
+    """
+    PruneSID (ICLR 2026, arXiv 2603.09480). The first principal components of the tokens' features, one for every four
+    tokens of the budget, share the tokens among them: a token goes to the component with the largest loading. In each
+    group non-maximum suppression by [CLS] attention removes tokens that are too similar to a stronger one. Groups then
+    share the budget in proportion to what survives, each at least one token; the survivors come first.
+
+    `features` are those of the vision tower, through a sigmoid for the components, as in the authors' code. Numbers
+    that it has for 576 tokens are scaled: similar is above `18 * num_kept / num_tokens` times the mean cosine. Its
+    components come from a randomised algorithm, here they are exact; it counts [CLS] as one of the budget, and its
+    budget may follow the picture, here it is fixed.
+    """
+    batch, num_tokens, _ = features.shape
+    num_groups = max(1, num_kept // 4)
+    states = features.float().sigmoid()
+    states = states - states.mean(-1, keepdim=True)
+    loadings = torch.linalg.eigh(states @ states.mT).eigenvectors.flip(-1)[..., :num_groups]
+    group = loadings.abs().argmax(-1)  # (batch, num_tokens)
+    member = (group[:, None] == torch.arange(num_groups, device=group.device)[:, None]).long()  # (batch, groups, ..)
+    cosines = _cosines(features)
+    pairs = num_tokens * (num_tokens - 1)
+    mean = (cosines.sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(-1)) / pairs
+    threshold = 18 * num_kept / num_tokens * mean
+
+    order = _top(saliency, num_tokens)
+    # Everything below is in the order of falling attention.
+    member = member.gather(2, order[:, None].expand_as(member))
+    own = group.gather(1, order)
+    similar = cosines.gather(1, order[..., None].expand_as(cosines)).gather(2, order[:, None].expand_as(cosines))
+    rivals = (similar > threshold[:, None, None]) & (own[:, :, None] == own[:, None])
+    survives = torch.ones_like(order, dtype=torch.bool)
+    for place in range(num_tokens - 1):
+        later = rivals[:, place, place + 1 :] & survives[:, place, None]
+        survives[:, place + 1 :] &= ~later
+
+    counts = member.sum(-1)
+    survivors = (member * survives[:, None]).sum(-1)
+    most = 5 * max(1, -(-9 * num_kept // num_tokens))
+    limits = torch.minimum(survivors, counts.clamp(max=most))
+    while (short := limits.sum(-1, keepdim=True) < num_kept).any():
+        limits = torch.minimum(limits + short.long(), counts)
+    quotas = counts.clamp(max=1)
+    others = (num_kept - quotas.sum(-1, keepdim=True)).clamp(min=0)
+    shares = (survivors.cumsum(-1) / survivors.sum(-1, keepdim=True) * others).round().long()
+    quotas = torch.minimum(quotas + shares.diff(dim=-1, prepend=torch.zeros_like(shares[:, :1])), limits)
+    for number in survivors.argsort(dim=-1, descending=True, stable=True).unbind(1):  # fill up, the largest first
+        number = number[:, None]
+        room = limits.gather(1, number) - quotas.gather(1, number)
+        quotas = quotas.scatter_add(1, number, torch.minimum(room, num_kept - quotas.sum(-1, keepdim=True)))
+
+    first = (member * survives[:, None]).cumsum(-1)
+    second = survivors[..., None] + (member * ~survives[:, None]).cumsum(-1)
+    rank = torch.where(survives[:, None], first, second)  # within the group, from 1
+    is_kept = ((rank <= quotas[..., None]) & member.bool()).any(1)
+    return _keep(features, order[is_kept].view(batch, num_kept))
+
+
 # By the names of `benchmarks/quality.py`.
 SELECTORS: dict[str, Callable[..., Kept]] = {
     "random": random_tokens,
@@ -236,8 +376,27 @@ SELECTORS: dict[str, Callable[..., Kept]] = {
     "divprune": divprune,
     "cdpruner": cdpruner,
     "holov": holov,
+    "idpruner": idpruner,
+    "scope": scope,
+    "prunesid": prunesid,
     "fsr": fsr,
 }
+
+
+def mixed_distances(features, grid: tuple[int, int], share: float, metric: bool = False) -> torch.Tensor:
+    """
+    Distances of tokens in their features and on the grid, `(1 - share) * d_features + share * d_grid`, both on
+    [0, 1], `(batch, num_tokens, num_tokens)`.
+
+    Args:
+        metric (`bool`, *optional*, defaults to `False`):
+            Whether the first is `sqrt((1 - cos) / 2)`, which is a metric, and not `1 - cos`.
+    """
+    rows, columns = torch.meshgrid(*(torch.arange(size, device=features.device) for size in grid), indexing="ij")
+    places = torch.stack([rows, columns], dim=-1).flatten(0, 1).float()
+    apart = torch.cdist(places, places)
+    cosine = 1 - _cosines(features).clamp(-1.0, 1.0)
+    return (1 - share) * ((cosine / 2).sqrt() if metric else cosine) + share * apart / apart.amax()
 
 
 def _top(scores, number):

@@ -62,6 +62,7 @@ def train_with_dropped_tokens(
     tokenizer: LlamaTokenizer,
     folder: Path,
     seed: int,
+    compiled: bool,
     log,
 ) -> None:
     """
@@ -73,6 +74,7 @@ def train_with_dropped_tokens(
     some pictures the patches of all objects are likelier to stay than the background, in others they are not. Half
     of the pictures keep the positions of the whole prompt, half are numbered anew.
     """
+    decode: Callable = torch.compile(_decode, dynamic=True) if compiled else _decode
     packer = _Packer(tokenizer, recipe)
 
     def make_batch(step: int):
@@ -84,7 +86,7 @@ def train_with_dropped_tokens(
         return *batch, torch.from_numpy(kept), torch.from_numpy(is_original)
 
     steps, rate = recipe.dropped_steps, recipe.dropped_learning_rate
-    _train("llava-dropped", llava, packer, _decode, steps, rate, make_batch, folder, log)
+    _train("llava-dropped", llava, packer, decode, steps, rate, make_batch, folder, log)
 
 
 def random_budget(num_patches: int, rng: np.random.Generator) -> int:
@@ -128,8 +130,8 @@ def _train(
     device = llava.device
     llava.train()
     llava.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
-    for name, parameter in llava.named_parameters():
-        parameter.requires_grad_("vision_tower" not in name and "text_encoder" not in name)
+    for tower, parameter in llava.named_parameters():
+        parameter.requires_grad_("vision_tower" not in tower and "text_encoder" not in tower)
     before = torch.tensor(packer.before_image, device=device)
 
     def loss_of(*batch):

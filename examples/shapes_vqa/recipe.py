@@ -40,7 +40,7 @@ class Recipe:
     answer_batch: int = 32
     answer_steps: int = 5_000
     learning_rate: float = 1.2e-3
-    dropped_steps: int = 1_500  # on pictures that lack tokens
+    dropped_steps: int = 900  # on pictures that lack tokens
     dropped_learning_rate: float = 6e-4
 
     @property

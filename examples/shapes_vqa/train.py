@@ -47,19 +47,19 @@ def run(recipe: Recipe, work: Path, *, device: str = "cpu", seed: int = 0, compi
     torch.manual_seed(seed)
     llava = make_llava(recipe, clip, tokenizer).to(device, torch.bfloat16)
     train_llava(recipe, scenes, features, llava, tokenizer, work, seed, compiled, log)
-    train_with_dropped_tokens(recipe, scenes, features, llava, tokenizer, work, seed, log)
+    train_with_dropped_tokens(recipe, scenes, features, llava, tokenizer, work, seed, compiled, log)
     save(recipe, clip, clip_tokenizer, llava, tokenizer, work)
 
 
 def run_from(
-    folder: Path, recipe: Recipe, work: Path, *, device: str = "cpu", seed: int = 0
+    folder: Path, recipe: Recipe, work: Path, *, device: str = "cpu", seed: int = 0, compiled: bool = True
 ) -> FSRLlavaForConditionalGeneration:
     """The third stage alone, from the weights of a Hub folder on."""
     log = _start_log(work, seed)
     scenes = Scenes(work, recipe.num_scenes, recipe.image_size)
     llava = FSRLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).to(device)
     features = encode_scenes(recipe, scenes, llava.model.vision_tower, work / "features.npy", device)
-    train_with_dropped_tokens(recipe, scenes, features, llava, make_tokenizer(), work, seed, log)
+    train_with_dropped_tokens(recipe, scenes, features, llava, make_tokenizer(), work, seed, compiled, log)
     return llava
 
 
@@ -110,14 +110,15 @@ def main() -> None:
     parser.add_argument("--from", dest="start", type=Path, help="Hub folder of the first two stages: run the third")
     arguments = parser.parse_args()
     recipe = RECIPES[arguments.recipe]
+    options = {"device": arguments.device, "seed": arguments.seed, "compiled": not arguments.no_compile}
     if arguments.start is not None:
         folder = arguments.output or arguments.work / "shapes-vqa-fsr"
-        llava = run_from(arguments.start, recipe, arguments.work, device=arguments.device, seed=arguments.seed)
+        llava = run_from(arguments.start, recipe, arguments.work, **options)
         llava.save_pretrained(folder)
         FSRLlavaProcessor.from_pretrained(arguments.start).save_pretrained(folder)
         _report(folder)
         return
-    run(recipe, arguments.work, device=arguments.device, seed=arguments.seed, compiled=not arguments.no_compile)
+    run(recipe, arguments.work, **options)
     folder = export(
         arguments.work / "llava",
         arguments.output or arguments.work / "shapes-vqa-fsr",
