@@ -12,7 +12,9 @@ Seeds 0 to 99 are for development: whatever was chosen by results was chosen on 
 1000 to 1003.
 
     python -m benchmarks.quality --seeds 1000,1001,1002,1003 --questions 2000 --json docs/quality.json
-    python -m benchmarks.quality --docs --json docs/quality.json     # tables and plot of docs/quality.md, no run
+
+`--docs --json FILE --earlier FILE` writes the tables and the plot of docs/quality.md from the results of two runs: see
+benchmarks/quality_page.py.
 """
 
 import argparse
@@ -749,15 +751,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument(
-        "--docs", action="store_true", help="write tables and plot of docs/quality.md from --json; no run"
+        "--docs",
+        action="store_true",
+        help="write tables and plot of docs/quality.md from --json and --earlier; no run",
+    )
+    parser.add_argument(
+        "--earlier", type=Path, help="for --docs: results of the model that has seen whole pictures only"
     )
     options = parser.parse_args(arguments)
     if options.docs:
         from benchmarks.quality_page import write_page
 
-        if options.json is None or not options.json.is_file():
-            parser.error("--docs needs --json FILE, with the results of a run.")
-        write_page(json.loads(options.json.read_text(encoding="utf-8")))
+        files = (options.json, options.earlier)
+        if any(file is None or not file.is_file() for file in files):
+            parser.error("--docs needs --json FILE and --earlier FILE, with the results of two runs.")
+        write_page(*(json.loads(file.read_text(encoding="utf-8")) for file in files))
         return
 
     try:

@@ -1,7 +1,8 @@
 """
-The tables and the plot of docs/quality.md, from the JSON of a run.
+The tables and the plot of docs/quality.md, from the JSON of two runs: of the model that ships, and of the same model
+before the last stage of its training, which has seen whole pictures only.
 
-    python -m benchmarks.quality --docs --json docs/quality.json
+    python -m benchmarks.quality --docs --json docs/quality.json --earlier benchmarks/results/quality-earlier.json
 """
 
 from collections.abc import Callable
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pages import fill
-from benchmarks.quality import LEAST_ACCURACY, METHODS
+from benchmarks.quality import LEAST_ACCURACY, METHODS, POSITIONS
 from fsr_hf.hub.cards import markdown_table
 
 
-__all__ = ["BLOCKS", "draw_plot", "write_page"]
+__all__ = ["BLOCKS", "EARLIER_BLOCKS", "draw_plot", "write_page"]
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -22,14 +23,20 @@ DOCS = Path(__file__).parents[1] / "docs"
 Row = dict[str, Any]
 
 
-def write_page(result: dict[str, Any], page: Path = DOCS / "quality.md") -> None:
+def write_page(result: dict[str, Any], earlier: dict[str, Any], page: Path = DOCS / "quality.md") -> None:
     """
     Write the generated parts of the page, and the plot beside it.
+
+    Args:
+        result: the run with the model that ships.
+        earlier: the run with the model that has seen whole pictures only.
 
     Raises:
         `ValueError`: if the page lacks a block, or has one that nothing fills.
     """
-    text = fill(page.read_text(encoding="utf-8"), {name: partial(make, result) for name, make in BLOCKS.items()})
+    blocks: dict[str, Callable[[], str]] = {name: partial(make, result) for name, make in BLOCKS.items()}
+    blocks |= {f"earlier-{name}": partial(BLOCKS[name], earlier) for name in EARLIER_BLOCKS}
+    text = fill(page.read_text(encoding="utf-8"), blocks)
     draw_plot(result, page.with_suffix(".webp"))
     page.write_text(text, encoding="utf-8")
 
@@ -45,16 +52,31 @@ def _setup(result) -> str:
         f"{result['num_tokens']} visual tokens a picture. Model: `{result['model']}`, "
         f"{result['num_parameters'] / 1e6:.1f} M weights in {result['dtype']}. `generate()` from pixels gives the "
         f"same verdict on {result['checked']['agree']} of {result['checked']['answers']} answers asked both ways. "
+        f"Where positions are not named they are `{result['positions']}`. "
         f"{result['machine']}, {result['threads']} threads; {versions}. The run took {_time(result['seconds'])}."
     )
 
 
 def _accuracy(result) -> str:
-    def cell(row):
-        interval = row["interval"]
-        return f"{row['accuracy']:.1%} ± {(interval[1] - interval[0]) / 2 * 100:.1f}"
+    """A table for each way to number the positions."""
 
-    return _by_budget(result, _peers(result), cell, unpruned=True)
+    def table(positions):
+        def cell(row):
+            return f"{row['positions'][positions]['accuracy']:.1%}"
+
+        return f'With `positions="{positions}"`:\n\n{_by_budget(result, _names_of_table(result), cell)}'
+
+    whole = next(row for row in result["results"] if row["method"] == "unpruned")
+    interval = whole["interval"]
+    unpruned = f"{whole['accuracy']:.1%} ± {(interval[1] - interval[0]) / 2 * 100:.1f}"
+    return f"Unpruned, with all {result['num_tokens']} tokens: {unpruned}.\n\n" + "\n\n".join(map(table, POSITIONS))
+
+
+def _positions(result) -> str:
+    """What original positions gain over compact ones."""
+    return _by_budget(
+        result, _names_of_table(result), lambda row: _interval(row["positions"]["original"]["gain_over_compact"])
+    )
 
 
 def _retained(result) -> str:
@@ -90,7 +112,13 @@ def _kinds(result) -> str:
 
 
 def _against_fsr(result) -> str:
-    return _by_budget(result, [name for name in _peers(result) if name != "fsr"], _difference)
+    """Each with the positions that suit it best at that budget."""
+
+    def cell(row):
+        positions, best = max(row["positions"].items(), key=lambda item: item[1]["accuracy"])
+        return f"{_interval(best['against_fsr'])} {positions[0]}"
+
+    return _by_budget(result, [name for name in _names_of_table(result) if name != "fsr"], cell)
 
 
 def _ablations(result) -> str:
@@ -99,18 +127,23 @@ def _ablations(result) -> str:
     return f"{accuracy}\n\nLess the accuracy of FSR, in points:\n\n" + _by_budget(result, names[1:], _difference)
 
 
+# Variants whose Focus is not FSR's, though no setting of Focus says so.
+_WITH_OWN_FOCUS = ("fsr", "fsr-other-sign")
+
+
 def _focus(result) -> str:
     rows = {(row["method"], row["budget"]): row for row in result["results"]}
     budgets = _budgets(result)
 
     def cell(focus):
-        return f"{focus['median']:.2f} ({focus['low']:.2f} to {focus['high']:.2f}), {focus['scan_empty']:.0%}"
+        shares = f"{focus['median']:.2f} ({focus['low']:.2f} to {focus['high']:.2f})"
+        return f"{shares}, {focus['at_limit']:.0%}, {focus['scan_empty']:.0%}"
 
     def lines():
         for name in _names(result):
             method = METHODS[name]
             # Refine, and where it works, change nothing about Focus.
-            if method.has_focus and (name == "fsr" or method.literal or not method.settings.keys() <= {"kappa"}):
+            if method.has_focus and (name in _WITH_OWN_FOCUS or not method.settings.keys() <= {"kappa"}):
                 for given, words in (("with_query", "with"), ("without_query", "without")):
                     of_budget = [rows[name, budget]["focus"][given] for budget in budgets]
                     tokens = "" if name == "fsr-mass-budget" else f"{of_budget[0]['tokens']:.0f}"
@@ -128,24 +161,23 @@ def _sign(result) -> str:
         "question": "cosine to the question",
         "name": 'cosine to the object\'s name ("a red star")',
         "saliency": "saliency ([CLS] attention)",
-        "priority": "priority, relevance inverted (the default)",
-        "priority-literal": "priority, relevance not inverted (the paper's formula)",
+        "priority": "priority with the cosine as it is (the paper's formula)",
+        "priority-inverted": "priority with the cosine inverted",
     }
-    areas = result["sign"]["auc"]
-    kinds = list(areas["question"]["by_kind"])
+    of_all, of_objects = result["sign"]["all"]["auc"], result["sign"]["objects"]["auc"]
+
+    def cells(area):
+        low, high = area["interval"]
+        return [f"{area['mean']:.3f} ({low:.3f} to {high:.3f})"]
+
     table = markdown_table(
-        ["score", "AUC", "95 % interval", *kinds],
-        (
-            [
-                words[name],
-                f"{area['mean']:.3f}",
-                "{:.3f} to {:.3f}".format(*area["interval"]),
-                *(f"{area['by_kind'][kind]:.3f}" for kind in kinds),
-            ]
-            for name, area in areas.items()
-        ),
+        ["score", "against all other patches", "against patches of other objects"],
+        ([words[name], *cells(of_all[name]), *cells(of_objects[name])] for name in words),
     )
-    return f"{table}\n\n{result['sign']['questions']:,} questions name one object that covers a patch by half or more."
+    return (
+        f"{table}\n\n{result['sign']['all']['questions']:,} questions name one object that covers a patch by half or "
+        f"more, and in {result['sign']['objects']['questions']:,} of them another object does, too."
+    )
 
 
 def _pairs(result) -> str:
@@ -163,6 +195,7 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "setup": _setup,
     "accuracy": _accuracy,
     "retained": _retained,
+    "positions": _positions,
     "against-fsr": _against_fsr,
     "kinds": _kinds,
     "sign": _sign,
@@ -171,6 +204,8 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "focus": _focus,
     "recall": _recall,
 }
+# Those that the page has for both models.
+EARLIER_BLOCKS = ("setup", "accuracy", "retained", "positions", "against-fsr")
 
 
 # ---------------------------------------------------------------- parts of them
@@ -186,27 +221,31 @@ def _peers(result) -> list[str]:
     return [name for name in _names(result) if not name.startswith("fsr-")]
 
 
+def _names_of_table(result) -> list[str]:
+    """All methods, and of FSR's variants the paper's."""
+    return [name for name in _names(result) if name == "fsr-paper" or not name.startswith("fsr-")]
+
+
 def _budgets(result) -> list[int]:
     return sorted({row["budget"] for row in result["results"] if row["method"] != "unpruned"}, reverse=True)
 
 
-def _by_budget(result, names: list[str], cell: Callable[[Row], str], unpruned: bool = False) -> str:
+def _by_budget(result, names: list[str], cell: Callable[[Row], str]) -> str:
     rows = {(row["method"], row["budget"]): row for row in result["results"]}
     budgets = _budgets(result)
     heads = ["", *(f"{budget} ({budget / result['num_tokens']:.1%})" for budget in budgets)]
     lines = [[METHODS[name].label, *(cell(rows[name, budget]) for budget in budgets)] for name in names]
-    if unpruned:
-        whole = cell(rows["unpruned", result["num_tokens"]])
-        lines.insert(
-            0, [METHODS["unpruned"].label, f"{whole} (all {result['num_tokens']})", *[""] * (len(budgets) - 1)]
-        )
     return markdown_table(heads, lines)
 
 
 def _difference(row: Row) -> str:
-    """Bold where the interval is on one side of 0."""
-    low, high = row["against_fsr"]["interval"]
-    text = f"{row['against_fsr']['mean'] * 100:+.1f} ± {(high - low) / 2 * 100:.1f}"
+    return _interval(row["against_fsr"])
+
+
+def _interval(difference: dict[str, Any]) -> str:
+    """In points; bold where the interval is on one side of 0."""
+    low, high = difference["interval"]
+    text = f"{difference['mean'] * 100:+.1f} ± {(high - low) / 2 * 100:.1f}"
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
@@ -234,12 +273,16 @@ _STYLES = {
     "divprune": ("#2ca02c", "s", "-"),
     "cdpruner": ("#ff7f0e", "P", "-"),
     "holov": ("#8c564b", "<", "-"),
+    "idpruner": ("#e377c2", ">", "-"),
+    "scope": ("#bcbd22", "d", "-"),
+    "prunesid": ("#17408b", "*", "-"),
+    "fsr-paper": ("#d62728", "o", ":"),
     "fsr": ("#d62728", "o", "-"),
 }
 
 
 def draw_plot(result: dict[str, Any], file: Path) -> None:
-    """Accuracy against the number of tokens kept, one line a method, with the intervals of FSR."""
+    """Accuracy against the number of tokens kept, one line a method and a panel for each way to number positions."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -247,26 +290,32 @@ def draw_plot(result: dict[str, Any], file: Path) -> None:
 
     budgets = _budgets(result)
     rows = {(row["method"], row["budget"]): row for row in result["results"]}
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     unpruned = rows["unpruned", result["num_tokens"]]["accuracy"]
-    axes.axhline(100 * unpruned, color="black", linewidth=1, linestyle=(0, (6, 3)), label="Unpruned")
-    for name in _peers(result):
-        color, marker, line = _STYLES[name]
-        values = [100 * rows[name, budget]["accuracy"] for budget in budgets]
-        width, layer = (2.6, 5) if name == "fsr" else (1.4, 3)
-        axes.plot(
-            budgets, values, line, color=color, marker=marker, linewidth=width, zorder=layer, label=METHODS[name].label
-        )
-        if name == "fsr":
-            low, high = ([100 * rows[name, budget]["interval"][side] for budget in budgets] for side in (0, 1))
-            axes.fill_between(budgets, low, high, color=color, alpha=0.15, linewidth=0, zorder=2)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(budgets, [str(budget) for budget in budgets])
-    axes.minorticks_off()
-    axes.set_xlabel(f"visual tokens kept, of {result['num_tokens']}")
-    axes.set_ylabel("answers that are right, %")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for positions, axes in zip(POSITIONS, panels):
+        axes.axhline(100 * unpruned, color="black", linewidth=1, linestyle=(0, (6, 3)), label="Unpruned")
+        for name in _names_of_table(result):
+            color, marker, line = _STYLES[name]
+            values = [100 * rows[name, budget]["positions"][positions]["accuracy"] for budget in budgets]
+            width, layer = (2.6, 5) if name == "fsr" else (1.3, 3)
+            axes.plot(
+                budgets,
+                values,
+                line,
+                color=color,
+                marker=marker,
+                linewidth=width,
+                zorder=layer,
+                label=METHODS[name].label,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(budgets, [str(budget) for budget in budgets])
+        axes.minorticks_off()
+        axes.set_title(f"{positions} positions", fontsize="medium")
+        axes.set_xlabel(f"visual tokens kept, of {result['num_tokens']}")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("answers that are right, %")
+    panels[1].legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(file, dpi=130)
     pyplot.close(figure)

@@ -6,6 +6,7 @@ tower. In the second stage they see whole pictures; in the third, most pictures 
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ def train_llava(
         _, *batch = _draw_batch(recipe, scenes, features, packer, rng)
         return tuple(batch)
 
-    _train("llava", llava, packer, decode, recipe.answer_steps, recipe.learning_rate, make_batch, folder, log)
+    schedule = {"learning_rate": recipe.learning_rate, "steps": recipe.answer_steps}
+    _train("llava", llava, packer, decode, recipe.answer_steps, schedule, make_batch, folder, log)
 
 
 def train_with_dropped_tokens(
@@ -85,8 +87,13 @@ def train_with_dropped_tokens(
         is_original = rng.random(len(numbers)) < 0.5
         return *batch, torch.from_numpy(kept), torch.from_numpy(is_original)
 
-    steps, rate = recipe.dropped_steps, recipe.dropped_learning_rate
-    _train("llava-dropped", llava, packer, decode, steps, rate, make_batch, folder, log)
+    schedule = {
+        "learning_rate": recipe.dropped_learning_rate,
+        "steps": recipe.dropped_horizon,
+        "last_step": recipe.dropped_steps,
+        "cooldown": recipe.dropped_cooldown,
+    }
+    _train("llava-dropped", llava, packer, decode, recipe.dropped_steps, schedule, make_batch, folder, log)
 
 
 def random_budget(num_patches: int, rng: np.random.Generator) -> int:
@@ -121,12 +128,17 @@ def _train(
     packer: "_Packer",
     decode: Callable,
     steps: int,
-    learning_rate: float,
+    schedule: dict[str, Any],
     make_batch: Callable[[int], tuple],
     folder: Path,
     log,
 ) -> None:
-    """Train projector and language model on answers, and leave the model in eval mode."""
+    """
+    Train projector and language model on answers, and leave the model in eval mode.
+
+    Args:
+        schedule: arguments of [`MasterAdamW`].
+    """
     device = llava.device
     llava.train()
     llava.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
@@ -145,7 +157,7 @@ def _train(
         figures = {kind: right[(kinds == number) & is_word].mean() for number, kind in enumerate(KINDS)}
         return loss, {kind: value.detach().nan_to_num() for kind, value in figures.items()}
 
-    optimizer = MasterAdamW(llava.parameters(), learning_rate, steps)
+    optimizer = MasterAdamW(llava.parameters(), **schedule)
     train(name, optimizer, steps, make_batch, loss_of, folder / f"{name}.pt", log)
     llava.eval()
 

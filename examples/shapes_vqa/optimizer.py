@@ -13,10 +13,23 @@ SAVE_EVERY = 250  # steps
 
 
 class MasterAdamW:
-    """Steps of AdamW with a warm-up and a cosine. Matrices decay, vectors do not."""
+    """
+    Steps of AdamW. Matrices decay, vectors do not.
+
+    Args:
+        steps: the learning rate warms up for a twentieth of them, and falls along a cosine that ends with them.
+        last_step: where training stops, if before the cosine ends.
+        cooldown: up to `last_step` the learning rate also falls in a straight line, from so many steps before it.
+    """
 
     def __init__(
-        self, parameters: Iterable[torch.nn.Parameter], learning_rate: float, steps: int, decay: float = 0.05
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        learning_rate: float,
+        steps: int,
+        decay: float = 0.05,
+        last_step: int | None = None,
+        cooldown: int = 0,
     ):
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.masters = [parameter.detach().float().clone() for parameter in self.parameters]
@@ -29,7 +42,9 @@ class MasterAdamW:
         warmup = max(1, steps // 20)
 
         def scale(step: int) -> float:
-            return min((step + 1) / warmup, 0.01 + 0.99 * (1 + math.cos(math.pi * min(step / steps, 1))) / 2)
+            cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
+            cooled = 1.0 if not cooldown else ((last_step or steps) - step) / cooldown
+            return min((step + 1) / warmup, cosine) * min(max(cooled, 0.01), 1.0)
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, scale)
 

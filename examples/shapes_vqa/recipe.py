@@ -40,7 +40,11 @@ class Recipe:
     answer_batch: int = 32
     answer_steps: int = 5_000
     learning_rate: float = 1.2e-3
-    dropped_steps: int = 900  # on pictures that lack tokens
+    # On pictures that lack tokens: the cosine would last for `dropped_horizon` steps, the last `dropped_cooldown` of
+    # `dropped_steps` end it early.
+    dropped_steps: int = 500
+    dropped_horizon: int = 900
+    dropped_cooldown: int = 150
     dropped_learning_rate: float = 6e-4
 
     @property
@@ -76,5 +80,7 @@ RECIPES = {
         answer_batch=64,
         answer_steps=8_000,
         dropped_steps=3_000,
+        dropped_horizon=5_400,
+        dropped_cooldown=900,
     ),
 }

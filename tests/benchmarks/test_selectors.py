@@ -12,7 +12,11 @@ from benchmarks.selectors import (
     divprune,
     fastervlm,
     holov,
+    idpruner,
+    mixed_distances,
+    prunesid,
     random_tokens,
+    scope,
     uniform_grid,
     visionzip,
     vispruner,
@@ -143,7 +147,9 @@ def test_visionzip(scene, num_kept, with_keys):
             if token not in targets:
                 groups[max(targets, key=lambda target: cosines[token, target])].append(token)
         expected = [features[number, token] for token in dominant]
-        expected += [features[number, members].double().mean(0).float() for members in groups.values()]
+        for target, members in groups.items():  # the target, and the mean of what was merged into it
+            merged = features[number, members[1:]].double()
+            expected.append((features[number, target] + merged.sum(0) / max(len(merged), 1)).float())
         torch.testing.assert_close(kept[number], torch.stack(expected))
 
 
@@ -186,21 +192,101 @@ def test_holov(scene, num_kept, num_crops):
     saliency = saliency.clone()
     saliency[0, :9] += 3  # a crop that deserves more tokens than it has
     _, indices = holov(features, saliency, None, num_kept, num_crops=num_crops)
-    for row, attention, chosen in zip(features, saliency.double().numpy(), indices.tolist()):
-        cosines = cosines_of(row)
+    for attention, chosen in zip(saliency.double().numpy(), indices.tolist()):
         crops = [list(part) for part in np.array_split(range(TOKENS), num_crops)]
-        scores = np.zeros(TOKENS)
-        for crop in crops:
-            context = {t: np.var([cosines[t, o] for o in crop if o != t]) if len(crop) > 1 else 0.0 for t in crop}
-            scale = attention[crop].sum() / max(sum(context.values()), 1e-12)
-            for token in crop:
-                scores[token] = attention[token] + 0.09 * scale * context[token]
-        weights = np.array([scores[crop].mean() for crop in crops])
+        weights = np.array([attention[crop].mean() for crop in crops])
         weights /= weights.sum()
         quotas = [min(int(weight * num_kept), len(crop)) for weight, crop in zip(weights, crops)]
         while sum(quotas) < num_kept:
             for number in np.argsort(-weights, kind="stable"):
                 if sum(quotas) < num_kept and quotas[number] < len(crops[number]):
                     quotas[number] += 1
-        expected = [sorted(crop, key=lambda token: -scores[token])[:quota] for crop, quota in zip(crops, quotas)]
+        expected = [sorted(crop, key=lambda token: -attention[token])[:quota] for crop, quota in zip(crops, quotas)]
         assert chosen == sorted(itertools.chain(*expected))
+
+
+@pytest.mark.parametrize("num_kept", BUDGETS)
+def test_idpruner(scene, num_kept):
+    features, saliency, _ = scene
+    _, indices = idpruner(*scene, num_kept, importance_weight=0.3)
+    for row, attention, chosen in zip(features, saliency.double().numpy(), indices.tolist()):
+        cosines = cosines_of(row)
+        importance = (attention - attention.min()) / (attention.max() - attention.min() + 1e-6)
+        picked = [int(importance.argmax())]
+        while len(picked) < num_kept:
+            scores = {t: 0.3 * importance[t] - 0.7 * max(cosines[t, other] for other in picked) for t in range(TOKENS)}
+            picked.append(max(set(scores) - set(picked), key=scores.__getitem__))
+        assert chosen == sorted(picked)
+
+
+@pytest.mark.parametrize("num_kept", BUDGETS)
+def test_scope(scene, num_kept):
+    features, saliency, _ = scene
+    _, indices = scope(*scene, num_kept)
+    for row, attention, chosen in zip(features, saliency.double().numpy(), indices.tolist()):
+
+        def coverage(tokens, cosines=cosines_of(row)):
+            return sum(max([0.0, *(cosines[t, other] for other in tokens)]) for t in range(TOKENS))
+
+        picked = []
+        for _ in range(num_kept):
+            gains = {t: (coverage([*picked, t]) - coverage(picked)) * attention[t] for t in range(TOKENS)}
+            picked.append(max(set(gains) - set(picked), key=gains.__getitem__))
+        assert chosen == sorted(picked)
+
+
+@pytest.mark.parametrize("num_kept", (*BUDGETS, 20))
+def test_prunesid(scene, num_kept):
+    features, saliency, _ = scene
+    features = features + torch.tensor([2.0, *[0.0] * (SIZE - 1)])  # with a mean cosine above 0
+    _, indices = prunesid(features, saliency, None, num_kept)
+    num_groups = max(1, num_kept // 4)
+    for row, attention, chosen in zip(features.double().numpy(), saliency.double().numpy(), indices.tolist()):
+        states = 1 / (1 + np.exp(-row.T))  # a sample for each feature, a column for each token
+        states = states - states.mean(0)
+        loadings = np.abs(np.linalg.svd(states)[2][:num_groups])
+        groups = [[t for t in range(TOKENS) if loadings[:, t].argmax() == number] for number in range(num_groups)]
+        cosines = cosines_of(torch.from_numpy(row))
+        threshold = (
+            num_kept * 18 / TOKENS * np.mean([cosines[a, b] for a, b in itertools.combinations(range(TOKENS), 2)])
+        )
+        ranked, survivors = [], []
+        for group in groups:
+            rest, kept = sorted(group, key=lambda token: -attention[token]), []
+            for token in rest:
+                if all(cosines[token, other] <= threshold for other in kept):
+                    kept.append(token)
+            ranked.append(kept + [token for token in rest if token not in kept])
+            survivors.append(len(kept))
+        most = 5 * -(-9 * num_kept // TOKENS)
+        limits = [min(number, most, len(group)) for number, group in zip(survivors, groups)]
+        while sum(limits) < num_kept:
+            limits = [min(limit + 1, len(group)) for limit, group in zip(limits, groups)]
+        least = [min(1, len(group)) for group in groups]
+        ends = np.round(np.cumsum(survivors) / sum(survivors) * (num_kept - sum(least))).astype(int)
+        quotas = [min(low + share, limit) for low, share, limit in zip(least, np.diff(ends, prepend=0), limits)]
+        for number in sorted(range(num_groups), key=lambda number: -survivors[number]):
+            quotas[number] += min(limits[number] - quotas[number], num_kept - sum(quotas))
+        assert chosen == sorted(itertools.chain(*(tokens[:quota] for tokens, quota in zip(ranked, quotas))))
+
+
+@pytest.mark.parametrize("metric", [False, True])
+def test_mixed_distances(scene, metric):
+    features = scene[0]
+    found = mixed_distances(features, (4, 9), 0.3, metric)
+    longest = np.hypot(3, 8)
+    for row, distances in zip(features, found):
+        cosines = cosines_of(row)
+        for one, other in [(0, 0), (0, 35), (7, 12), (8, 9)]:
+            apart = np.hypot(one // 9 - other // 9, one % 9 - other % 9) / longest
+            cosine = 1 - cosines[one, other]
+            of_features = np.sqrt(max(cosine, 0) / 2) if metric else cosine
+            assert distances[one, other] == pytest.approx(0.7 * of_features + 0.3 * apart, abs=1e-3)
+
+
+@pytest.mark.parametrize("select", [cdpruner, divprune, idpruner, scope, vispruner])
+def test_distances_in_place_of_the_cosine_distances(scene, select):
+    features = scene[0]
+    same = select(*scene, 8, distances=mixed_distances(features, (6, 6), 0.0))
+    other = select(*scene, 8, distances=mixed_distances(features, (6, 6), 0.9))
+    assert torch.equal(same[1], select(*scene, 8)[1]) and not torch.equal(same[1], other[1])
