@@ -41,8 +41,10 @@ from benchmarks.selectors import (
     divprune,
     fastervlm,
     fsr,
+    fsr_in_space,
     holov,
     idpruner,
+    mixed_distances,
     prunesid,
     random_tokens,
     scope,
@@ -63,6 +65,19 @@ BUDGETS = ("1/3", "2/9", "1/9", "1/18")
 POSITIONS = ("compact", "original")
 # A kind of question that the model itself does not answer is no measure of what pruning costs.
 LEAST_ACCURACY = 0.6
+
+
+# Share of the distance on the grid where a method is tried with it.
+_SPACE = 0.5
+
+
+def _in_space(select: Callable[..., Kept]) -> Callable[..., Kept]:
+    """A peer with the distance on the grid mixed into its own."""
+
+    def select_in_space(features, saliency, relevance, num_kept: int, *, grid: tuple[int, int]) -> Kept:
+        return select(features, saliency, relevance, num_kept, distances=mixed_distances(features, grid, _SPACE))
+
+    return select_in_space
 
 
 def _fsr_without_scan(features, saliency, relevance, num_kept: int, **settings) -> Kept:
@@ -123,6 +138,11 @@ METHODS = {
     "idpruner": Method("IDPruner", idpruner),
     "scope": Method("SCOPE", scope, before_projector=True),
     "prunesid": Method("PruneSID", prunesid, before_projector=True),
+    "vispruner-space": Method("VisPruner", _in_space(vispruner), before_projector=True, needs=("grid",)),
+    "divprune-space": Method("DivPrune", _in_space(divprune), needs=("grid",)),
+    "idpruner-space": Method("IDPruner", _in_space(idpruner), needs=("grid",)),
+    "scope-space": Method("SCOPE", _in_space(scope), before_projector=True, needs=("grid",)),
+    "fsr-space": Method("FSR", fsr_in_space, inverted=_INVERTED, needs=("grid",), settings={"scan_space": _SPACE}),
     "fsr": Method("FSR", fsr, inverted=_INVERTED, settings={}),
     "fsr-paper": Method("FSR, the literal formulas", fsr, inverted=False, settings={"focus_limit": 1.0}),
     "fsr-other-sign": Method(_OTHER_SIGN, fsr, inverted=not _INVERTED, settings={}),

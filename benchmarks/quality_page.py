@@ -91,6 +91,18 @@ def _retained(result) -> str:
     return f"{table}\n\n{words}"
 
 
+def _space(result) -> str:
+    """What the distance on the grid gains each method that has been tried with it, and how good it then is."""
+    names = [name for name in _names(result) if name.endswith("-space")]
+    rows = {(row["method"], row["budget"]): row for row in result["results"]}
+
+    def cell(row):
+        base = rows[row["method"].removesuffix("-space"), row["budget"]]
+        return f"{row['accuracy']:.1%} ({(row['accuracy'] - base['accuracy']) * 100:+.1f})"
+
+    return _by_budget(result, names, cell)
+
+
 def _kinds(result) -> str:
     """Accuracy by kind at the budget nearest to a ninth of the tokens, the strongest one that the paper reports."""
     budgets = _budgets(result)
@@ -122,7 +134,7 @@ def _against_fsr(result) -> str:
 
 
 def _ablations(result) -> str:
-    names = [name for name in _names(result) if name.startswith("fsr")]
+    names = [name for name in _names(result) if name.startswith("fsr") and not name.endswith("-space")]
     accuracy = _by_budget(result, names, lambda row: f"{row['accuracy']:.1%}")
     return f"{accuracy}\n\nLess the accuracy of FSR, in points:\n\n" + _by_budget(result, names[1:], _difference)
 
@@ -197,6 +209,7 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "retained": _retained,
     "positions": _positions,
     "against-fsr": _against_fsr,
+    "space": _space,
     "kinds": _kinds,
     "sign": _sign,
     "pairs": _pairs,
@@ -205,7 +218,7 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "recall": _recall,
 }
 # Those that the page has for both models.
-EARLIER_BLOCKS = ("setup", "accuracy", "retained", "positions", "against-fsr")
+EARLIER_BLOCKS = ("setup", "accuracy", "retained", "positions", "against-fsr", "space")
 
 
 # ---------------------------------------------------------------- parts of them
@@ -218,12 +231,12 @@ def _names(result) -> list[str]:
 
 
 def _peers(result) -> list[str]:
-    return [name for name in _names(result) if not name.startswith("fsr-")]
+    return [name for name in _names(result) if not name.startswith("fsr-") and not name.endswith("-space")]
 
 
 def _names_of_table(result) -> list[str]:
     """All methods, and of FSR's variants the paper's."""
-    return [name for name in _names(result) if name == "fsr-paper" or not name.startswith("fsr-")]
+    return [*_peers(result), *(name for name in _names(result) if name == "fsr-paper")]
 
 
 def _budgets(result) -> list[int]:

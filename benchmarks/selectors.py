@@ -29,6 +29,7 @@ __all__ = [
     "divprune",
     "fastervlm",
     "fsr",
+    "fsr_in_space",
     "holov",
     "idpruner",
     "mixed_distances",
@@ -47,6 +48,30 @@ def fsr(features, saliency, relevance, num_kept: int, **settings) -> Kept:
     """Focus-Scan-Refine (arXiv 2602.05809), of this package. `settings`: those of `select_visual_tokens`."""
     selection = select_visual_tokens(features, saliency, relevance, num_kept, **settings)
     return selection.features, selection.indices
+
+
+def fsr_in_space(
+    features, saliency, relevance, num_kept: int, *, grid: tuple[int, int], scan_space: float, **settings
+) -> Kept:
+    """
+    A trial, not part of the package: Focus as [`fsr`] has it, and Scan (Eq. 5) by [`mixed_distances`]. It leaves out
+    Refine, which hardly changes an answer.
+
+    Args:
+        scan_space (`float`):
+            Share of the distance on the grid; 0 is Eq. 5.
+    """
+    selection = select_visual_tokens(features, saliency, relevance, num_kept, **settings | {"kappa": 0.0})
+    kept = torch.zeros(saliency.shape, dtype=torch.bool, device=features.device)
+    kept = kept.scatter(1, selection.indices, selection.is_focus)
+    distances = mixed_distances(features, grid, scan_space)
+    nearest = distances.masked_fill(~kept[..., None], torch.inf).amin(1).masked_fill(kept, -torch.inf)
+    for _ in range(num_kept - 1):
+        chosen = nearest.argmax(-1, keepdim=True)
+        has_room = kept.sum(-1, keepdim=True) < num_kept
+        kept = kept.scatter(1, chosen, has_room | kept.gather(1, chosen))
+        nearest = torch.minimum(nearest, _take(distances, chosen)[:, 0]).scatter_(1, chosen, -torch.inf)
+    return _keep(features, kept.nonzero()[:, 1].view(len(kept), num_kept))
 
 
 def random_tokens(features, saliency, relevance, num_kept: int, *, generator: torch.Generator | None = None) -> Kept:

@@ -13,7 +13,7 @@ from PIL import Image
 from benchmarks import quality, quality_page
 from benchmarks.quality import METHODS, Tally
 from examples.shapes_vqa.data import HELD_OUT_PAIRS, KINDS, held_out_questions
-from fsr_hf import FSRConfig, select_visual_tokens
+from fsr_hf import FSRConfig, FSRLlavaConfig, select_visual_tokens
 from fsr_hf.demo.small_families import export_small_model
 
 
@@ -93,29 +93,65 @@ def test_a_verdict_is_that_of_generate(loaded, examples, name, num_kept, options
         assert quality.is_right(model, batch, visual).tolist() == expected
 
 
+def test_original_positions_are_those_of_the_whole_prompt(loaded, batch):
+    """The hidden states are those of the whole prompt in which nothing sees the tokens that are not kept."""
+    model = loaded[0]
+    language_model = model.model.language_model
+    hidden = []
+    hook = language_model.register_forward_hook(lambda module, args, output: hidden.append(output.last_hidden_state))
+    with torch.inference_mode():
+        visual, indices = quality.select(model, METHODS["cls"], batch, 30)
+        embed = model.get_input_embeddings()
+        embeds = torch.cat([embed(batch.prefix).expand(15, -1, -1), batch.tokens, embed(batch.suffix)], dim=1)
+        seen = torch.ones(15, embeds.shape[1], dtype=torch.bool)
+        seen[:, len(batch.prefix) : len(batch.prefix) + NUM_TOKENS] = False
+        seen.scatter_(1, len(batch.prefix) + indices, True)
+        mask = (seen[:, None] & torch.ones(embeds.shape[1], embeds.shape[1], dtype=torch.bool).tril())[:, None]
+        language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+        first = quality.is_right(model, batch, visual, indices)
+        second = quality.is_right(model, batch, visual.flip(1), indices.flip(-1))
+        quality.is_right(model, batch, visual)
+    hook.remove()
+    expected, original, swapped, compact = hidden
+    length = batch.suffix.shape[1]
+    torch.testing.assert_close(original[:, -length:], expected[:, -length:], rtol=1e-3, atol=1e-3)
+    assert torch.equal(original, swapped) and torch.equal(first, second)
+    assert (compact - original).abs().max() > 1e-2
+
+
 def test_what_two_methods_keep_alike_is_asked_once(loaded, batch, monkeypatch):
     model = loaded[0]
-    visual, _ = quality.select(model, METHODS["fsr"], batch, 20)
+    visual, indices = quality.select(model, METHODS["fsr"], batch, 20)
     other = visual.clone()
     other[[2, 5, 11]] += 1
     asked = []
 
-    def spy(model, batch, visual):  # a verdict that tells the row by its answer
+    def spy(model, batch, visual, indices=None):  # a verdict that tells the row by its answer, and the positions
         asked.append(len(visual))
-        return batch.answers[:, 0] % 2 == 0
+        return (batch.answers[:, 0] % 2 == 0) ^ (indices is None)
 
     monkeypatch.setattr(quality, "is_right", spy)
     expected = batch.answers[:, 0] % 2 == 0
-    first = quality._verdicts(model, batch, visual, [])
-    second = quality._verdicts(model, batch, other, [(visual, ~first)])
-    assert asked == [15, 3]
+    first = quality._verdicts(model, batch, visual, indices, [])
+    opposite = {mode: ~verdicts for mode, verdicts in first.items()}
+    second = quality._verdicts(model, batch, other, indices, [(visual, indices, opposite)])
+    moved = indices.clone()
+    moved[4] += 1  # the same tokens from another place
+    third = quality._verdicts(model, batch, visual, moved, [(visual, indices, opposite)])
+    assert asked == [15, 15, 3, 3, 1, 1]
     changed = torch.zeros(15, dtype=torch.bool)
     changed[[2, 5, 11]] = True
-    assert torch.equal(first, expected) and torch.equal(second, expected ^ ~changed)
-    assert torch.equal(
-        quality._verdicts(model, batch, visual, [(other, second), (visual, first)])[changed], first[changed]
-    )
-    assert asked == [15, 3]
+    assert torch.equal(first["original"], expected) and torch.equal(first["compact"], ~expected)
+    assert torch.equal(second["original"], expected ^ ~changed)
+    assert torch.equal(third["compact"] == first["compact"], torch.arange(15) == 4)
+
+
+def test_the_whole_picture_is_asked_about_once(loaded, batch, monkeypatch):
+    asked = []
+    monkeypatch.setattr(quality, "is_right", lambda model, batch, visual: asked.append(1) or batch.starts > 0)
+    visual, indices = quality.select(loaded[0], METHODS["unpruned"], batch, NUM_TOKENS)
+    right = quality._verdicts(loaded[0], batch, visual, indices, [])
+    assert len(asked) == 1 and torch.equal(right["compact"], right["original"]) and right["compact"].all()
 
 
 def test_fsr_selects_as_the_model_does(loaded, examples, batch):
@@ -131,7 +167,7 @@ def test_fsr_selects_as_the_model_does(loaded, examples, batch):
 
 
 def test_a_run_stops_where_generate_disagrees(loaded, examples, monkeypatch):
-    monkeypatch.setattr(quality, "is_right", lambda model, batch, visual: torch.ones(len(visual), dtype=torch.bool))
+    monkeypatch.setattr(quality, "is_right", lambda model, batch, visual, indices: torch.ones(len(visual)) > 0)
     with pytest.raises(RuntimeError, match="another verdict on 30"):
         quality.check_generate(*loaded, examples, 64)
 
@@ -147,6 +183,12 @@ def test_batch(loaded, examples, batch):
         assert torch.equal(batch.suffix[row, start : start + len(answer) - 1], answer[:-1])
         assert decode(answer[:-1]).strip() == question.answer
     assert decode(batch.prefix).strip() == "USER:"
+
+    for row, (scene, question) in enumerate(examples):
+        others = [item.box for number, item in enumerate(scene.objects) if number != question.target]
+        covered = quality.object_patches(others, 24, 14).any(0) & (question.target is not None)
+        assert torch.equal(batch.on_other[row], covered & ~batch.on_object[row])
+    assert batch.on_other.any()
 
     # One picture by the modules of the tower, with its attention maps.
     tower = copy.deepcopy(model.model.vision_tower)
@@ -179,6 +221,10 @@ def test_every_method_keeps_what_it_is_asked_for(loaded, batch, name):
         torch.testing.assert_close(visual, kept)
 
 
+def relevance_of(batch):
+    return -batch.cosine if FSRConfig().invert_relevance else batch.cosine
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -188,27 +234,30 @@ def test_every_method_keeps_what_it_is_asked_for(loaded, batch, name):
         ("fsr-no-refine", {"kappa": 0}),
         ("fsr-kappa5", {"kappa": 5}),
         ("fsr-rho0.5", {"rho": 0.5}),
-        ("fsr-rho0.7", {"rho": 0.7}),
+        ("fsr-limit1", {"focus_limit": 1.0}),
         ("fsr-mass-budget", {"focus_mass": "budget"}),
     ],
 )
 def test_variants_of_fsr(loaded, batch, name, settings):
-    expected = select_visual_tokens(batch.tokens, batch.saliency, -batch.cosine, 20, **settings)
+    expected = select_visual_tokens(batch.tokens, batch.saliency, relevance_of(batch), 20, **settings)
     visual, indices = quality.select(loaded[0], METHODS[name], batch, 20)
     assert torch.equal(indices, expected.indices) and torch.equal(visual, expected.features)
 
 
 def test_other_variants_of_fsr(loaded, batch):
     model = loaded[0]
-    expected = select_visual_tokens(batch.tokens, batch.saliency, batch.cosine, 20)
-    assert torch.equal(quality.select(model, METHODS["fsr-literal"], batch, 20)[1], expected.indices)
+    expected = select_visual_tokens(batch.tokens, batch.saliency, -relevance_of(batch), 20)
+    assert torch.equal(quality.select(model, METHODS["fsr-other-sign"], batch, 20)[1], expected.indices)
 
-    expected = select_visual_tokens(batch.patches, batch.saliency, -batch.cosine, 20)
+    expected = select_visual_tokens(batch.tokens, batch.saliency, batch.cosine, 20, focus_limit=1.0)
+    assert torch.equal(quality.select(model, METHODS["fsr-paper"], batch, 20)[1], expected.indices)
+
+    expected = select_visual_tokens(batch.patches, batch.saliency, relevance_of(batch), 20)
     visual, indices = quality.select(model, METHODS["fsr-before-projector"], batch, 20)
     assert torch.equal(indices, expected.indices)
     torch.testing.assert_close(visual, model.model.multi_modal_projector(expected.features))
 
-    priority = select_visual_tokens(batch.tokens, batch.saliency, -batch.cosine, 20).priority.numpy()
+    priority = select_visual_tokens(batch.tokens, batch.saliency, relevance_of(batch), 20).priority.numpy()
     top = np.sort(np.argsort(-priority, axis=1, kind="stable")[:, :20], axis=1)
     assert quality.select(model, METHODS["fsr-no-scan"], batch, 20)[1].tolist() == top.tolist()
 
@@ -243,7 +292,9 @@ def test_focus_sizes(rho, mass):
     features, saliency = torch.randn(20, 50, 6, generator=generator), torch.rand(20, 50, generator=generator) ** 6
     relevance = torch.randn(20, 50, generator=generator)
     for num_kept in (1, 10, 49):
-        selection = select_visual_tokens(features, saliency, relevance, num_kept, rho=rho, focus_mass=mass)
+        selection = select_visual_tokens(
+            features, saliency, relevance, num_kept, rho=rho, focus_limit=1.0, focus_mass=mass
+        )
         sizes = quality.focus_sizes(selection.priority, num_kept, rho=rho, focus_mass=mass)
         assert torch.equal(sizes.clamp(max=num_kept), selection.is_focus.sum(-1))
 
@@ -253,9 +304,10 @@ def test_area_under_curve():
     scores = torch.randint(0, 6, (4, 30), generator=generator).float()
     on_object = torch.rand(4, 30, generator=generator) < 0.3
     on_object[3] = False
-    areas = quality.area_under_curve(scores, on_object).tolist()
-    for row, inside, area in zip(scores.tolist()[:3], on_object.tolist(), areas):
-        ones, others = ([s for s, i in zip(row, inside) if i == side] for side in (True, False))
+    others = ~on_object & (torch.rand(4, 30, generator=generator) < 0.5)
+    areas = quality.area_under_curve(scores, on_object, others).tolist()
+    for row, inside, outside, area in zip(scores.tolist()[:3], on_object.tolist(), others.tolist(), areas):
+        ones, others = ([s for s, chosen in zip(row, side) if chosen] for side in (inside, outside))
         wins = [1.0 if one > other else 0.5 if one == other else 0.0 for one in ones for other in others]
         assert area == pytest.approx(sum(wins) / len(wins))
     assert np.isnan(areas[3])
@@ -275,13 +327,16 @@ def test_intervals():
 def test_summary():
     asked = [(seed, kind) for seed in (4, 9) for kind in KINDS for _ in range(10)]
 
-    def right(*numbers):  # of ten questions of each kind, for each seed
-        return [torch.tensor([position < number for number in numbers * 2 for position in range(10)])]
+    def right(compact, original=None):  # of ten questions of each kind, for each seed
+        return {
+            mode: [torch.tensor([position < number for number in numbers * 2 for position in range(10)])]
+            for mode, numbers in (("compact", compact), ("original", original or compact))
+        }
 
     tallies = {
-        ("unpruned", 144): Tally(right(10, 8, 10, 5, 10)),
-        ("fsr", 16): Tally(right(10, 4, 9, 1, 8), [torch.tensor([0.5, np.nan, 1.0])]),
-        ("random", 16): Tally(right(5, 4, 9, 1, 8)),
+        ("unpruned", 144): Tally(right((10, 8, 10, 5, 10))),
+        ("fsr", 16): Tally(right((10, 4, 9, 1, 8)), [torch.tensor([0.5, np.nan, 1.0])]),
+        ("random", 16): Tally(right((5, 4, 9, 1, 8), (10, 4, 9, 1, 9))),
     }
     tallies["fsr", 16].focus = {"with_query": [torch.tensor([4, 4, 8, 16, 40])]}
     summary = quality.summarize(tallies, asked, 144)
@@ -296,8 +351,16 @@ def test_summary():
     assert fsr["retained_by_kind"] == pytest.approx(dict(zip(kinds, (1.0, 0.5, 0.9, 0.8))))
     assert fsr["object_recall"] == pytest.approx(0.75) and "object_recall" not in random
     assert fsr["focus"]["with_query"] == pytest.approx(
-        {"median": 0.5, "low": 0.25, "high": 1.0, "scan_empty": 0.4, "tokens": 8}
+        {"median": 0.5, "low": 0.25, "high": 0.5, "at_limit": 0.4, "scan_empty": 0, "tokens": 8}
     )
+    modes = random["positions"]
+    assert modes["compact"]["accuracy"] == random["accuracy"] == pytest.approx(27 / 50)
+    assert modes["original"]["accuracy"] == pytest.approx(33 / 50)
+    assert modes["original"]["gain_over_compact"]["mean"] == pytest.approx(6 / 50)
+    assert modes["original"]["against_fsr"]["mean"] == pytest.approx(1 / 50)
+    assert modes["compact"]["against_fsr"] == random["against_fsr"]
+    other = quality.summarize(tallies, asked, 144, "original")["results"][2]
+    assert other["accuracy"] == pytest.approx(33 / 50) and other["by_kind"]["attribute"] == 1
     difference = random["against_fsr"]
     assert difference["mean"] == pytest.approx(-0.1)
     assert difference["interval"][0] == pytest.approx(-0.1 - 1.959964 * 0.3015113 / 10, abs=1e-5)
@@ -370,12 +433,15 @@ def test_a_run(runs):
     assert pairs["held_out"]["questions"] == sum(pair in HELD_OUT_PAIRS for pair in named)
     assert pairs["held_out"]["questions"] + pairs["others"]["questions"] == len(named) > 0
     assert 0 <= pairs["others"]["accuracy"] <= 1
-    assert set(result["sign"]["auc"]) == {"question", "name", "saliency", "priority", "priority-literal"}
+    for areas in result["sign"].values():
+        assert set(areas["auc"]) == {"question", "name", "saliency", "priority", "priority-inverted"}
+    assert result["sign"]["all"]["questions"] >= result["sign"]["objects"]["questions"] > 0
+    assert result["positions"] == FSRLlavaConfig().fsr_config.positions and result["fsr"]["focus_limit"] == 0.5
 
 
 def test_batches_do_not_matter(runs):
     first, second = runs
-    areas = [{name: area["mean"] for name, area in run["sign"]["auc"].items()} for run in runs]
+    areas = [{name: area["mean"] for name, area in run["sign"]["objects"]["auc"].items()} for run in runs]
     assert areas[0] == pytest.approx(areas[1], abs=1e-3)
     for row, other in zip(first["results"], second["results"]):
         if row["method"] != "random":  # a set for each batch
@@ -387,15 +453,16 @@ def test_page(runs, tmp_path):
     shutil.copy(quality_page.DOCS / "quality.md", page)
     words = re.compile(r"<!-- begin \S+ -->\n.*?<!-- end \S+ -->", re.DOTALL)
     before = words.split(page.read_text(encoding="utf-8"))
-    quality_page.write_page(runs[0], page)
+    quality_page.write_page(*runs, page)
     text = page.read_text(encoding="utf-8")
     assert words.split(text) == before
-    quality_page.write_page(runs[0], page)
+    quality_page.write_page(*runs, page)
     assert page.read_text(encoding="utf-8") == text
 
     row = next(row for row in runs[0]["results"] if row["method"] == "fsr" and row["budget"] == 64)
-    assert f"| FSR | {row['accuracy']:.1%} ± " in text
-    assert "| Unpruned | " in text and "Left out" in text
+    for mode in row["positions"].values():
+        assert re.search(rf"\n\| FSR \| {mode['accuracy']:.1%} \| ", text)
+    assert "Unpruned, with all 576 tokens: " in text and "Left out" in text
     plot = tmp_path / "quality.webp"
     assert plot.stat().st_size < 100_000
     assert Image.open(plot).width >= 800
@@ -405,4 +472,4 @@ def test_the_page_names_every_block(tmp_path, runs):
     page = tmp_path / "quality.md"
     page.write_text("<!-- begin setup -->\n<!-- end setup -->\n")
     with pytest.raises(ValueError, match="must have each of these blocks once"):
-        quality_page.write_page(runs[0], page)
+        quality_page.write_page(*runs, page)

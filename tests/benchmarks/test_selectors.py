@@ -11,6 +11,8 @@ from benchmarks.selectors import (
     cdpruner,
     divprune,
     fastervlm,
+    fsr,
+    fsr_in_space,
     holov,
     idpruner,
     mixed_distances,
@@ -21,6 +23,7 @@ from benchmarks.selectors import (
     visionzip,
     vispruner,
 )
+from fsr_hf import select_visual_tokens
 
 
 BATCH, TOKENS, SIZE = 3, 36, 8
@@ -219,18 +222,21 @@ def test_idpruner(scene, num_kept):
         assert chosen == sorted(picked)
 
 
+def coverage(cosines, tokens):
+    return sum(max([0.0, *(cosines[t, other] for other in tokens)]) for t in range(TOKENS))
+
+
 @pytest.mark.parametrize("num_kept", BUDGETS)
 def test_scope(scene, num_kept):
     features, saliency, _ = scene
     _, indices = scope(*scene, num_kept)
     for row, attention, chosen in zip(features, saliency.double().numpy(), indices.tolist()):
-
-        def coverage(tokens, cosines=cosines_of(row)):
-            return sum(max([0.0, *(cosines[t, other] for other in tokens)]) for t in range(TOKENS))
-
+        cosines = cosines_of(row)
         picked = []
         for _ in range(num_kept):
-            gains = {t: (coverage([*picked, t]) - coverage(picked)) * attention[t] for t in range(TOKENS)}
+            gains = {
+                t: (coverage(cosines, [*picked, t]) - coverage(cosines, picked)) * attention[t] for t in range(TOKENS)
+            }
             picked.append(max(set(gains) - set(picked), key=gains.__getitem__))
         assert chosen == sorted(picked)
 
@@ -290,3 +296,19 @@ def test_distances_in_place_of_the_cosine_distances(scene, select):
     same = select(*scene, 8, distances=mixed_distances(features, (6, 6), 0.0))
     other = select(*scene, 8, distances=mixed_distances(features, (6, 6), 0.9))
     assert torch.equal(same[1], select(*scene, 8)[1]) and not torch.equal(same[1], other[1])
+
+
+@pytest.mark.parametrize("num_kept", BUDGETS)
+@pytest.mark.parametrize("scan_space", [0.0, 0.5])
+def test_fsr_in_space(scene, num_kept, scan_space):
+    features = scene[0]
+    _, indices = fsr_in_space(*scene, num_kept, grid=(6, 6), scan_space=scan_space, rho=0.5)
+    selection = select_visual_tokens(*scene, num_kept, rho=0.5)
+    if scan_space == 0:
+        assert torch.equal(indices, fsr(*scene, num_kept, rho=0.5)[1])
+    focus = [row[is_focus].tolist() for row, is_focus in zip(selection.indices, selection.is_focus)]
+    for chosen, picked, distances in zip(indices.tolist(), focus, mixed_distances(features, (6, 6), scan_space)):
+        while len(picked) < num_kept:
+            rest = set(range(TOKENS)) - set(picked)
+            picked.append(max(rest, key=lambda token: min(distances[token, other] for other in picked)))
+        assert chosen == sorted(picked)
