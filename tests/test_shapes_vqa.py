@@ -26,9 +26,10 @@ from examples.shapes_vqa.data import (
     place_objects,
     words,
 )
+from examples.shapes_vqa.optimizer import MasterAdamW
 from examples.shapes_vqa.recipe import RECIPES, Recipe
 from examples.shapes_vqa.scenes import Scenes
-from examples.shapes_vqa.train import run
+from examples.shapes_vqa.train import run, run_from
 from examples.shapes_vqa.vocabulary import make_clip_tokenizer, make_tokenizer
 from fsr_hf import export
 
@@ -53,6 +54,9 @@ TINY = Recipe(
     sequence=220,
     answer_batch=2,
     answer_steps=4,
+    dropped_steps=4,
+    dropped_horizon=6,
+    dropped_cooldown=2,
 )
 
 
@@ -203,25 +207,53 @@ def test_a_run_ends_in_stock_checkpoints(work):
     assert entries[0]["seed"] == 0 and entries[0]["torch"] == version("torch")
 
 
-def test_a_stopped_run_goes_on(work, tmp_path, monkeypatch):
-    """Stopped in the middle of the last stage, and started again: the same weights as without a stop."""
+@pytest.mark.parametrize("stage", ["llava", "llava-dropped"])
+def test_a_stopped_run_goes_on(work, tmp_path, monkeypatch, stage):
+    """Stopped in the middle of a stage, and started again: the same weights as without a stop."""
     save = torch.save
 
     def save_and_stop(state, file):
         save(state, file)
-        if file.stem == "llava" and state["step"] == 3:  # the state of step 2 is the last that is in place
+        if file.stem == stage and state["step"] == 3:  # the state of step 2 is the last that is in place
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("examples.shapes_vqa.optimizer.SAVE_EVERY", 1)
         patch.setattr(torch, "save", save_and_stop)
         run(TINY, tmp_path, compiled=False)
-    assert torch.load(tmp_path / "llava.pt", weights_only=True)["step"] == 2
+    assert torch.load(tmp_path / f"{stage}.pt", weights_only=True)["step"] == 2
     run(TINY, tmp_path, compiled=False)
     straight, resumed = (
         LlavaForConditionalGeneration.from_pretrained(folder / "llava").state_dict() for folder in (work, tmp_path)
     )
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_the_third_stage_alone(work, tmp_path):
+    """It trains projector and language model of a Hub folder, and nothing else."""
+    out = export(work / "llava", tmp_path / "fsr", text_encoder=work / "clip", progress=False)
+    before = AutoModel.from_pretrained(out).state_dict()
+    after = run_from(out, TINY, tmp_path / "work", compiled=False).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[0] for name in changed} == {"lm_head", "model"}
+    parts = {"lm_head", "language_model", "multi_modal_projector"}
+    assert all(parts & set(name.split(".")) for name in changed) and parts <= {
+        p for n in changed for p in n.split(".")
+    }
+
+
+def test_the_learning_rate_of_the_third_stage():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = MasterAdamW([weight], 1.0, 100, last_step=50, cooldown=10)
+    rates = []
+    for _ in range(50):
+        rates.append(optimizer.optimizer.param_groups[0]["lr"])
+        weight.grad = torch.ones(2)
+        optimizer.step()
+    cosine = [0.01 + 0.99 * (1 + np.cos(np.pi * step / 100)) / 2 for step in range(50)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, cosine[4]])
+    assert rates[5:41] == pytest.approx(cosine[5:41])
+    assert rates[41:] == pytest.approx([cosine[step] * (50 - step) / 10 for step in range(41, 50)])
 
 
 def test_another_recipe_is_refused_in_the_same_folder(work):
@@ -259,6 +291,52 @@ def test_a_packed_question_is_asked_as_the_stock_model_would_be(work):
     torch.testing.assert_close(packed[len(ids) - 1], expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(packed[-1], swapped[-1], rtol=0, atol=1e-5)  # it does not see the first question
     assert (packed[-1] - chat[-1]).abs().max() > 1e-4  # in a conversation it does
+
+
+def test_a_picture_that_lacks_tokens_is_seen_as_the_stock_model_would_see_it(work):
+    model = LlavaForConditionalGeneration.from_pretrained(work / "llava", dtype=torch.float32)
+    model.set_attn_implementation("eager")
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 64, TINY.vision_width, generator=generator)
+    kept = torch.stack([torch.randperm(64, generator=generator)[:20].sort().values for _ in range(2)])
+    before, after = torch.tensor([1, 5, 9]), torch.tensor([[7, 8, 9, 10], [11, 12, 13, 14]])
+    language_model, embed = model.model.language_model, model.get_input_embeddings()
+    with torch.no_grad():
+        hidden = second_stage._decode(
+            model, features, before, after, torch.zeros_like(after), kept, torch.tensor([True, False])
+        )
+        for row, tokens in enumerate(kept):
+            image = model.model.multi_modal_projector(features[row, tokens])
+            embeds = torch.cat([embed(before), image, embed(after[row])])[None]
+            places = torch.cat([torch.arange(3), 3 + tokens, torch.arange(67, 71)]) if row == 0 else torch.arange(27)
+            expected = language_model(
+                inputs_embeds=embeds, position_ids=places[None], attention_mask=torch.ones(1, 27), use_cache=False
+            ).last_hidden_state
+            torch.testing.assert_close(hidden[row], expected[0, -4:], rtol=0, atol=1e-5)
+
+
+def test_which_tokens_are_dropped():
+    recipe, rng = RECIPES["cpu"], np.random.default_rng(0)
+    budgets = [second_stage.random_budget(144, rng) for _ in range(2000)]
+    assert min(budgets) == 8 and max(budgets) == 144
+    assert budgets.count(144) == pytest.approx(500, abs=60) and np.median([b for b in budgets if b < 144]) < 40
+    objects, shares = place_objects(3), []
+    for _ in range(300):
+        kept = second_stage.random_tokens(recipe, objects, 30, rng)
+        assert kept.tolist() == sorted(set(kept.tolist())) and len(kept) == 30 and 0 <= kept[0] <= kept[-1] < 144
+        centers = [((token % 12 + 0.5) * 12, (token // 12 + 0.5) * 12) for token in kept]
+        hits = [any(o.box[0] <= x <= o.box[2] and o.box[1] <= y <= o.box[3] for o in objects) for x, y in centers]
+        shares.append(np.mean(hits))
+    covered = np.mean(
+        [
+            any(o.box[0] <= x <= o.box[2] and o.box[1] <= y <= o.box[3] for o in objects)
+            for x in range(6, 144, 12)
+            for y in range(6, 144, 12)
+        ]
+    )
+    # From the share of the picture that is on objects, as by chance, to most of the budget.
+    assert covered < np.quantile(shares, 0.1) + 0.1 and np.quantile(shares, 0.9) > 1.5 * covered
+    assert second_stage.random_tokens(recipe, (), 144, rng).tolist() == list(range(144))
 
 
 def test_labels_are_the_answers_and_the_end_of_text():
