@@ -50,8 +50,8 @@ class FSRGenerationMixin(TextEncoderMixin, GenerationMixin):
 
     # The inner model of the family.
     inner_class: ClassVar[type]
-    # `guidance_scale` runs a second prompt through the model, which not every family can give positions to.
-    supports_guidance: ClassVar[bool] = True
+    # Whether positions have several axes, which models of text cannot read.
+    has_position_axes: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -348,8 +348,12 @@ class FSRGenerationMixin(TextEncoderMixin, GenerationMixin):
                 "it reads the ids of the prompt as if they were an encoder's",
             ),
             "guidance_scale": (
-                not self.supports_guidance and options.guidance_scale not in (None, 1, 1.0),
+                self.has_position_axes and options.guidance_scale not in (None, 1, 1.0),
                 "the prompt without the condition would get the positions of the one with it",
+            ),
+            "assistant_model": (
+                self.has_position_axes and _reads_text_positions(arguments.get("assistant_model")),
+                "it would get the positions of this model, which have several axes: use a model of the same family",
             ),
             "inputs_embeds": (
                 kwargs.get("inputs_embeds") is not None,
@@ -411,3 +415,9 @@ class FSRGenerationMixin(TextEncoderMixin, GenerationMixin):
                     f"`{name}` is not supported where a conversation goes on from a cache: {reason}. Leave it out, or "
                     "pass the whole conversation, pixels included, without a cache."
                 )
+
+
+def _reads_text_positions(model: Any) -> bool:
+    """Whether `model` is one of text, with positions of one axis."""
+    stock = GenerationMixin._prepare_position_ids_for_generation
+    return model is not None and type(model)._prepare_position_ids_for_generation is stock

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from .compression import FSRModelMixin
+from .guards import cache_length, get_cache
 from .pools import VisualTokens
 from .prompt import VisualItem
 from .saliency import attention_received
@@ -144,6 +145,18 @@ class QwenVLMixin(FSRModelMixin):
         return received.unflatten(0, (-1, self.config.vision_config.spatial_merge_size**2)).mean(-1)
 
     # ------------------------------------------------------------------ positions
+
+    def _stock_forward(self, **inputs):
+        # The stock class keeps the offset from entries of the cache to positions on the model, where an earlier call,
+        # whatever its prompt was, has left its own. It belongs to the cache.
+        cache = get_cache(inputs)
+        is_start = cache_length(cache) == 0
+        if inputs.get("position_ids") is None:
+            self.rope_deltas = None if is_start else getattr(cache, "rope_deltas", self.rope_deltas)
+        outputs = super()._stock_forward(**inputs)
+        if is_start and (cache := get_cache(outputs)) is not None:
+            cache.rope_deltas = self.rope_deltas
+        return outputs
 
     def full_position_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **visual: Any) -> torch.Tensor:
         """Time, height and width of the whole prompt: `(3, batch, length)`. Computed on the host, item by item."""
