@@ -19,8 +19,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from packaging.requirements import Requirement
 
-from .. import __version__
 from ..package_data import data_folder
+from ..version import __version__
 
 
 __all__ = [
