@@ -26,13 +26,13 @@ from transformers import AutoModel, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 from .configuration.configuration_fsr import FSRConfig
-from .demo.small_llava import export_small_llava
 from .explain import check_fsr_model, load_visual
 from .machine import provenance
 from .modeling import clip_tower, fsr, pools
 from .modeling.fsr import VisualSelection
 from .processing.processing_fsr_llava_video import sample_frames
 from .processing.video_files import read_video
+from .testing.small_llava import export_small_llava
 
 
 __all__ = [

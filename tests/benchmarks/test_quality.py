@@ -14,7 +14,7 @@ from benchmarks import quality, quality_page
 from benchmarks.quality import METHODS, Tally
 from examples.shapes_vqa.data import HELD_OUT_PAIRS, KINDS, held_out_questions
 from fsr_hf import FSRConfig, select_visual_tokens
-from fsr_hf.demo.small_families import export_small_model
+from fsr_hf.testing.small_families import export_small_model
 
 
 NUM_TOKENS = 576
