@@ -7,8 +7,8 @@ import random
 
 import pytest
 import torch
-from modeling.test_fsr import check_exact_pools, same_selection
 from received import queries_and_keys, received_by_maps
+from selection_checks import check_exact_pools, same_selection
 
 from fsr_hf.modeling import fsr, scan_kernel
 from fsr_hf.modeling import saliency as saliency_module
@@ -39,7 +39,7 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize("chunk", range(2))
 def test_equals_the_equations_with_ties_and_non_finite_values(chunk, way):
     for seed in range(12):
-        check_exact_pools(random.Random(9000 + 1000 * chunk + seed), most_tokens=20)
+        check_exact_pools(random.Random(9000 + 1000 * chunk + seed), max_tokens=20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
