@@ -3,13 +3,12 @@
 import copy
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from isolated import run_isolated
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
@@ -122,9 +121,11 @@ model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained({str(folder)!r}, trust_remote_code=True)
 print(type(model).__name__, type(processor).__name__, type(processor.query_tokenizer).__name__)
 """
-    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["FSRLlavaForConditionalGeneration", "FSRLlavaProcessor", "CLIPTokenizer"]
+    assert run_isolated("-c", script, home=tmp_path).split() == [
+        "FSRLlavaForConditionalGeneration",
+        "FSRLlavaProcessor",
+        "CLIPTokenizer",
+    ]
 
     keep_data(folder, tmp_path / "kept")
     assert files_of(tmp_path / "kept") == SETTINGS | {"model.safetensors"}
