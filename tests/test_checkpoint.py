@@ -100,7 +100,8 @@ def test_the_readme_loads_it(monkeypatch):
     monkeypatch.chdir(ROOT)
     exec(block, names)
     assert names["model"].config.model_type == "fsr_llava"
-    assert names["processor"].query_tokenizer.vocab_size == names["model"].text_encoder.text_model.config.vocab_size
+    text_config = names["model"].config.fsr_config.text_encoder_config
+    assert names["processor"].query_tokenizer.vocab_size == text_config.vocab_size
 
 
 def test_an_export_adds_the_code(tmp_path):
