@@ -7,7 +7,7 @@ import pytest
 from clips import write_clip
 from PIL import Image
 
-from fsr_hf.demo.small_families import export_small_model
+from fsr_hf.testing.small_families import export_small_model
 
 
 README = Path(__file__).parents[1] / "README.md"

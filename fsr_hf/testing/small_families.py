@@ -30,46 +30,14 @@ from ..hub.export import export
 from ..hub.original import CHAT_TEMPLATE as LLAVA_VIDEO_CHAT_TEMPLATE
 from ..modeling.modeling_fsr_llava_video import FSRLlavaVideoForConditionalGeneration
 from ..processing.processing_fsr_llava_video import FSRLlavaVideoProcessor
-from .small_llava import (
-    CHAT_TEMPLATE,
-    SmallLlava,
-    answer_in_words,
-    save_small_clip,
-    save_small_llava,
-    word_tokenizer,
-)
+from .chat_templates import LLAVA_TEMPLATE, QWEN_VL_TEMPLATE
+from .small_llava import TINY, answer_in_words, save_small_clip, save_small_llava
+from .small_tokenizers import word_tokenizer
 
 
 __all__ = ["SMALL_FAMILIES", "export_small_model"]
 
-_SIZE = SmallLlava(
-    hidden_size=64,
-    num_layers=2,
-    vision_hidden_size=32,
-    vision_num_layers=3,
-    text_hidden_size=32,
-    text_num_layers=2,
-    projection_dim=16,
-    head_dim=16,
-)
 _HALF = [0.5, 0.5, 0.5]  # mean and deviation of pixels, in SigLIP
-
-# As in Qwen/Qwen2.5-VL-7B-Instruct, less its tools and numbered pictures.
-_QWEN_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
-    "{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] in ('image', 'video') %}{{ '<|vision_start|><|' + part['type'] + '_pad|><|vision_end|>' }}"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def export_small_model(model_type: str, folder: str | os.PathLike) -> Path:
@@ -93,12 +61,12 @@ def export_small_model(model_type: str, folder: str | os.PathLike) -> Path:
 
 
 def _save_llava(folder: Path, clip_folder: Path) -> None:
-    save_small_llava(folder, clip_folder, _SIZE)
+    save_small_llava(folder, clip_folder, TINY)
 
 
 def _save_llava_next(folder: Path, clip_folder: Path) -> None:
     tokenizer = word_tokenizer(image_token="<image>")
-    clip, _ = save_small_clip(clip_folder, _SIZE)
+    clip, _ = save_small_clip(clip_folder, TINY)
     config = LlavaNextConfig(
         vision_config=clip.config.vision_config,
         text_config={"model_type": "llama", **_text_config(tokenizer)},
@@ -116,7 +84,7 @@ def _save_llava_next(folder: Path, clip_folder: Path) -> None:
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=LLAVA_TEMPLATE,
     )
     _save(model, processor, folder)
 
@@ -155,7 +123,7 @@ def _save_qwen2_5_vl(folder: Path, clip_folder: Path) -> None:
         image_processor=Qwen2VLImageProcessor(),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(cap_pixels_per_frame=True),
-        chat_template=_QWEN_CHAT_TEMPLATE,
+        chat_template=QWEN_VL_TEMPLATE,
     )
     _save(Qwen2_5_VLForConditionalGeneration(config), processor, folder)
 
