@@ -5,8 +5,6 @@ Importing the package registers its classes with `AutoConfig`, `AutoModel`, `Aut
 `AutoProcessor`, and makes whatever they save carry its code.
 """
 
-__version__ = "0.1.0"
-
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration.configuration_fsr import FSRConfig
@@ -26,6 +24,7 @@ from .modeling.modeling_fsr_qwen2_5_vl import FSRQwen2_5_VLForConditionalGenerat
 from .processing.processing_fsr_llava import FSRLlavaProcessor
 from .processing.processing_fsr_llava_next import FSRLlavaNextProcessor
 from .processing.processing_fsr_llava_video import FSRLlavaVideoProcessor
+from .version import __version__
 
 
 __all__ = [

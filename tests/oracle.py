@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from modeling.test_fsr import reference as select
+from method_reference import reference as select
 from transformers import CLIPConfig, CLIPModel
 
 

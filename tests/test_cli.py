@@ -14,8 +14,8 @@ from fsr_hf import export
 from fsr_hf.cli import app
 from fsr_hf.demo.run import PICTURES, run_demo
 from fsr_hf.demo.shapes_vqa import shapes_vqa_folder
-from fsr_hf.demo.small_llava import SmallLlava, save_small_llava
 from fsr_hf.hub.families import FAMILIES
+from fsr_hf.testing.small_llava import SmallLlava, save_small_llava
 
 
 TINY = SmallLlava(

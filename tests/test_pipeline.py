@@ -10,10 +10,11 @@ import pytest
 import torch
 from families import initialize
 from PIL import Image
-from processing.tiny_tokenizers import LLAVA_TEMPLATE, clip_image_processor, clip_tokenizer, llama_tokenizer
+from processing.tiny_tokenizers import clip_image_processor, clip_tokenizer, llama_tokenizer
 from transformers import LlavaProcessor, pipeline
 
 from fsr_hf import FSRLlavaConfig, FSRLlavaForConditionalGeneration, FSRLlavaProcessor
+from fsr_hf.testing.chat_templates import LLAVA_TEMPLATE
 
 
 PATCHES = 36  # of an image of 42 x 42 pixels

@@ -10,7 +10,7 @@ import yaml
 from clips import write_clip
 from PIL import Image
 
-from fsr_hf.demo.small_families import export_small_model
+from fsr_hf.testing.small_families import export_small_model
 
 
 ROOT = Path(__file__).parents[1]

@@ -28,6 +28,7 @@ _RULES = {
     "alpha": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
     "beta": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
     "rho": (lambda v: _is_number(v) and 0 < v <= 1, "a number in (0, 1]"),
+    "focus_limit": (lambda v: _is_number(v) and 0 < v <= 1, "a number in (0, 1]"),
     "kappa": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
     "focus_mass": (_one_of("all", "budget"), '"all" or "budget"'),
     "relevance": (_one_of("clip", "none", None), '"clip", "none" or None'),
@@ -79,6 +80,8 @@ class FSRConfig(PreTrainedConfig):
             Exponent of saliency in the priority of a token (Eq. 3).
         rho (`float`, *optional*, defaults to 0.9):
             Share of the priority mass that the Focus tokens must hold, in (0, 1] (Eq. 4).
+        focus_limit (`float`, *optional*, defaults to 0.5):
+            Largest share of the budget that the Focus tokens fill, in (0, 1].
         kappa (`float`, *optional*, defaults to 1.0):
             How many dropped tokens are merged, as a multiple of the number of Scan tokens (Refine).
         focus_mass (`str`, *optional*, defaults to `"all"`):
@@ -124,6 +127,7 @@ class FSRConfig(PreTrainedConfig):
     alpha: float | int = 3.0
     beta: float | int = 1.0
     rho: float | int = 0.9
+    focus_limit: float | int = 0.5
     kappa: float | int = 1.0
     focus_mass: str = "all"
     relevance: str | None = None

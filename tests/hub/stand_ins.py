@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from fsr_hf.demo.small_families import SMALL_FAMILIES, export_small_model
+from fsr_hf.testing.small_families import SMALL_FAMILIES, export_small_model
 
 
 __all__ = ["STAND_INS"]

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
-from hub.test_export import in_one_worker, run_clean, tiny_clip
-from modeling.test_modeling_fsr_qwen2_5_vl import old_key, save_checkpoint
+from hub.clean_run import in_one_worker, run_clean
+from hub.tiny_checkpoints import tiny_clip
+from old_keys import old_qwen_key
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_qwen import save_checkpoint
 from transformers import AutoModel, AutoProcessor
 
 from fsr_hf import FSRQwen2_5_VLForConditionalGeneration, export
@@ -19,7 +21,7 @@ def stock(tmp_path):
     folder = tmp_path / "stock"
     save_checkpoint(folder)
     weights = load_file(folder / "model.safetensors")
-    weights = {old_key(key): tensor for key, tensor in weights.items()}
+    weights = {old_qwen_key(key): tensor for key, tensor in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     for code in folder.glob("*.py"):
         code.unlink()

@@ -7,8 +7,8 @@ import random
 
 import pytest
 import torch
-from modeling.test_attention_received import inputs, reference
-from modeling.test_fsr import check_exact_pools, same_selection
+from received import queries_and_keys, received_by_maps
+from selection_checks import check_exact_pools, same_selection
 
 from fsr_hf.modeling import fsr, scan_kernel
 from fsr_hf.modeling import saliency as saliency_module
@@ -39,7 +39,7 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize("chunk", range(2))
 def test_equals_the_equations_with_ties_and_non_finite_values(chunk, way):
     for seed in range(12):
-        check_exact_pools(random.Random(9000 + 1000 * chunk + seed), most_tokens=20)
+        check_exact_pools(random.Random(9000 + 1000 * chunk + seed), max_tokens=20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -106,21 +106,21 @@ def test_gradients_are_those_of_torch(monkeypatch):
 
 @pytest.mark.parametrize("lengths", [[37], [20, 1, 16], [9] * 4 + [1], [150, 70]])
 def test_attention_received(lengths):
-    query, key = inputs(sum(lengths))
+    query, key = queries_and_keys(sum(lengths))
     received = attention_received(query, key, lengths, 0.3)
-    torch.testing.assert_close(received.double(), reference(query, key, lengths, 0.3), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(received.double(), received_by_maps(query, key, lengths, 0.3), rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_attention_received_in_half_precision(dtype):
-    query, key = (tensor.to(dtype) for tensor in inputs(200, heads=2, head_dim=20))
+    query, key = (tensor.to(dtype) for tensor in queries_and_keys(200, heads=2, head_dim=20))
     views = torch.stack([query, key], dim=2).unbind(2)  # not contiguous
     received = attention_received(*views, [130, 70], 0.3)
     assert received.dtype == torch.float32
-    torch.testing.assert_close(received.double(), reference(query, key, [130, 70], 0.3), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(received.double(), received_by_maps(query, key, [130, 70], 0.3), rtol=1e-5, atol=1e-8)
 
 
 def test_attention_received_stays_finite():
-    query, key = (tensor * 1e4 for tensor in inputs(12))
+    query, key = (tensor * 1e4 for tensor in queries_and_keys(12))
     received = attention_received(query, key, [12], 1.0)
-    torch.testing.assert_close(received.double(), reference(query, key, [12], 1.0), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(received.double(), received_by_maps(query, key, [12], 1.0), rtol=1e-5, atol=1e-8)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from modeling.test_fsr import check_exact_pools, same_selection
+from selection_checks import check_exact_pools, same_selection
 
 from fsr_hf.modeling import fsr, host_scan
 from fsr_hf.modeling.fsr import select_visual_tokens
@@ -25,7 +25,7 @@ def small_pools(monkeypatch):
 @pytest.mark.parametrize("chunk", range(4))
 def test_equals_the_equations_with_ties_and_non_finite_values(chunk, small_pools):
     for seed in range(100):
-        check_exact_pools(random.Random(5000 + 1000 * chunk + seed), most_tokens=24)
+        check_exact_pools(random.Random(5000 + 1000 * chunk + seed), max_tokens=24)
 
 
 def tokens(kind: str, number: int, width: int, seed: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_contract import build_case
+from families import FAMILIES, models
 
 from fsr_hf.modeling import generation, received_kernel, scan_kernel
 from fsr_hf.modeling.fsr import select_visual_tokens
@@ -183,10 +183,9 @@ def test_selection_does_not_wait_for_the_gpu(number, grad):
 @pytest.mark.parametrize("name", ["llava", "llava_next"])
 def test_compression_does_not_wait_for_the_gpu(name, monkeypatch):
     """From the towers to the kept tokens and their places; ids and masks are copied to the host before."""
-    case = build_case(name)
-    model = copy.deepcopy(case.model).cuda()
-    inputs = {key: value.cuda() for key, value in case.inputs.items()}
-    case.generate(inputs, model=model)  # compiling may wait
+    family, model = FAMILIES[name], copy.deepcopy(models(name)[0]).cuda()
+    inputs = {key: value.cuda() for key, value in family.inputs(family.rows()).items()}
+    model.generate(**inputs, max_new_tokens=8, do_sample=False)  # compiling may wait
     calls = []
 
     def watch(owner, attribute):
@@ -205,5 +204,5 @@ def test_compression_does_not_wait_for_the_gpu(name, monkeypatch):
     watch(model, "encode_visuals")
     watch(generation, "select_from_pools")
     watch(generation, "lay_out")
-    case.generate(inputs, model=model)
+    model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert calls == ["encode_visuals", "select_from_pools", "lay_out"]

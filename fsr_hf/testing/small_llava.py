@@ -1,13 +1,11 @@
 """A small LLaVA-1.5, and the CLIP of its vision tower, as stock checkpoints made without a download."""
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import pre_tokenizers
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -22,10 +20,11 @@ from transformers import (
 from transformers.utils import logging
 
 from ..hub.export import export
+from .chat_templates import LLAVA_TEMPLATE
+from .small_tokenizers import WORDS, byte_tokenizer, word_tokenizer
 
 
 __all__ = [
-    "CHAT_TEMPLATE",
     "SmallLlava",
     "answer_in_words",
     "clip_config",
@@ -35,7 +34,6 @@ __all__ = [
     "llava_processor",
     "save_small_clip",
     "save_small_llava",
-    "word_tokenizer",
 ]
 
 
@@ -65,32 +63,6 @@ class SmallLlava:
     def num_patches(self) -> int:
         """Of a picture, and so its visual tokens."""
         return (self.image_size // self.patch_size) ** 2
-
-
-# What the language model can say. A word is one token with the space before it.
-_WORDS = """
-a about above across all an and animal apple are around at band bark bath beach bear beside big bird black
-blue boat book bowl bread bright brown building bus but car cat chair child circle city clear cloud coat
-coffee cold colour corner cup dark day desk dog door ear earth empty eye face field fire flag floor flower
-food four from front full garden glass gold grass gray green ground hair half hand hat head hill holding horse
-hot house image in inside is it lake leaf left letter light line long looking man many metal mirror moon
-morning mountain near new night no not number of old on one open orange over paper path person picture plant
-plate pointing purple quiet rain red right river road rocket room round row saucer sea seat shadow shape ship
-shirt sign silver sitting sky sleeping small smiling smoke snow some soft space spoon square standing star
-stone street suit sun table tall that the there three tower train tree triangle two umbrella under view wall
-warm watching water wave what wheel which white wide wind window with woman wood writing yellow yes young
-""".split()  # noqa: SIM905
-
-# The template of llava-hf/llava-1.5-7b-hf.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{% generation %}{{ content['text'] + ' ' }}{% endgeneration %}"
-    "{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 
 
 def save_small_llava(
@@ -128,7 +100,7 @@ def export_small_llava(root: Path, size: SmallLlava | None = None) -> Path:
 
 def save_small_clip(folder: str | os.PathLike, size: SmallLlava) -> tuple[CLIPModel, CLIPImageProcessor]:
     """Save a CLIP of random weights with its tokenizer, like `openai/clip-vit-large-patch14-336`."""
-    tokenizer = _clip_tokenizer()
+    tokenizer = byte_tokenizer()
     image_processor = clip_image_processor(size)
     clip = CLIPModel(clip_config(size, tokenizer))
     with torch.no_grad():
@@ -145,7 +117,7 @@ def save_small_clip(folder: str | os.PathLike, size: SmallLlava) -> tuple[CLIPMo
 def answer_in_words(model: Any, tokenizer: LlamaTokenizer) -> None:
     """Greedy decoding never takes a token whose output weights are 0: answers are words, and do not end early."""
     is_word = torch.zeros(len(tokenizer), 1)
-    is_word[tokenizer.convert_tokens_to_ids(["▁" + word for word in _WORDS])] = 1
+    is_word[tokenizer.convert_tokens_to_ids(["▁" + word for word in WORDS])] = 1
     with torch.no_grad():
         model.lm_head.weight.mul_(is_word)
 
@@ -221,32 +193,5 @@ def llava_processor(
         patch_size=size.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=LLAVA_TEMPLATE,
     )
-
-
-def word_tokenizer(words: Iterable[str] = _WORDS, **special_tokens: str) -> LlamaTokenizer:
-    """A LLaMA tokenizer that knows `words` and `special_tokens`, and spells everything else in letters and bytes."""
-    tokens = dict.fromkeys(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"])
-    tokens |= dict.fromkeys(chr(code) for code in range(33, 127))
-    merges: dict[tuple[str, str], None] = {}
-    for word in words:
-        for end in range(1, len(word) + 1):  # letter by letter: "▁" + "c", "▁c" + "u", "▁cu" + "p"
-            merges["▁" + word[: end - 1], word[end - 1]] = None
-            tokens["▁" + word[:end]] = None
-    return LlamaTokenizer(
-        vocab={token: number for number, token in enumerate(tokens)},
-        merges=list(merges),
-        pad_token="<unk>",
-        padding_side="left",
-        model_max_length=4096,
-        extra_special_tokens=special_tokens,
-    )
-
-
-def _clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer without its merges: text in bytes, the last one of a word marked."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: number for number, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)

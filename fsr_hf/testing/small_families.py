@@ -30,14 +30,9 @@ from ..hub.export import export
 from ..hub.original import CHAT_TEMPLATE as LLAVA_VIDEO_CHAT_TEMPLATE
 from ..modeling.modeling_fsr_llava_video import FSRLlavaVideoForConditionalGeneration
 from ..processing.processing_fsr_llava_video import FSRLlavaVideoProcessor
-from .small_llava import (
-    CHAT_TEMPLATE,
-    SmallLlava,
-    answer_in_words,
-    save_small_clip,
-    save_small_llava,
-    word_tokenizer,
-)
+from .chat_templates import LLAVA_TEMPLATE, QWEN_VL_TEMPLATE
+from .small_llava import SmallLlava, answer_in_words, save_small_clip, save_small_llava
+from .small_tokenizers import word_tokenizer
 
 
 __all__ = ["SMALL_FAMILIES", "export_small_model"]
@@ -53,23 +48,6 @@ _SIZE = SmallLlava(
     head_dim=16,
 )
 _HALF = [0.5, 0.5, 0.5]  # mean and deviation of pixels, in SigLIP
-
-# As in Qwen/Qwen2.5-VL-7B-Instruct, less its tools and numbered pictures.
-_QWEN_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
-    "{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] in ('image', 'video') %}{{ '<|vision_start|><|' + part['type'] + '_pad|><|vision_end|>' }}"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def export_small_model(model_type: str, folder: str | os.PathLike) -> Path:
@@ -116,7 +94,7 @@ def _save_llava_next(folder: Path, clip_folder: Path) -> None:
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=LLAVA_TEMPLATE,
     )
     _save(model, processor, folder)
 
@@ -155,7 +133,7 @@ def _save_qwen2_5_vl(folder: Path, clip_folder: Path) -> None:
         image_processor=Qwen2VLImageProcessor(),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(cap_pixels_per_frame=True),
-        chat_template=_QWEN_CHAT_TEMPLATE,
+        chat_template=QWEN_VL_TEMPLATE,
     )
     _save(Qwen2_5_VLForConditionalGeneration(config), processor, folder)
 
