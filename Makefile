@@ -51,10 +51,11 @@ format: .venv/.installed-dev
 	.venv/bin/ruff format
 	.venv/bin/ruff check --fix
 
-# The stamp is the last step, so an interrupted installation is taken up again.
+# The stamp is the last step, so an interrupted installation is taken up again. The demo takes no video, but without
+# torchvision transformers warns about image processors that it does without.
 .venv/.installed: pyproject.toml $(TESTED)
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --constraint $(TESTED) --editable .
+	.venv/bin/python -m pip install --constraint $(TESTED) --editable ".[video]"
 	touch $@
 
 .venv/.installed-dev: .venv/.installed
