@@ -1,17 +1,19 @@
 """Focus, Scan, Refine: which visual tokens to keep, and what the kept ones absorb.
 
 The method of "Focus-Scan-Refine: From Human Visual Perception to Efficient Visual Token Pruning" (arXiv 2602.05809),
-on tensors alone. Equations 1 and 2, saliency and relevance, depend on the model and are arguments here; equations 3 to
-9 follow below in the paper's order. Every shape is known before any value is, so nothing waits for the device and the
-whole batch is computed at once. Where the time goes, into equations 5 and 8, the CPU and NVIDIA's GPUs have code of
-their own, which selects the same.
+on tensors alone. Saliency and relevance (Eqs. 1 and 2) depend on the model and are arguments here; Eqs. 3 to 9 follow
+below in the paper's order. No shape depends on the values of a tensor, so the host never waits for the device, and all
+rows of the batch are computed at once. Eqs. 5 and 8 take most of the time: `host_scan` (CPU) and `scan_kernel` (NVIDIA
+GPUs) compute them faster and select the same tokens.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from .host_scan import is_on_host, scan_on_host
+from ..configuration.configuration_fsr import check_fsr_value
+from .host_scan import can_scan_on_host, scan_on_host
+from .precision import without_autocast
 from .scan_kernel import scan_on_gpu
 from .triton_launch import can_launch
 
@@ -121,10 +123,12 @@ def select_visual_tokens(
         [`VisualSelection`] of width `min(num_visual_tokens, num_tokens)`.
 
     Raises:
-        ValueError: If a shape or dtype does not fit, a budget is below 1, or `focus_mass` is unknown. The values of
-            tensors are not checked.
+        ValueError: If an argument is outside its range (those of [`FSRConfig`]), a budget is no int of at least 1, or
+            a shape or dtype does not fit. The values of tensors are not checked.
     """
-    _check_arguments(features, saliency, relevance, num_visual_tokens, mask, focus_mass, max_num_visual_tokens)
+    _check_tensors(features, saliency, relevance, mask)
+    _check_budgets(features, num_visual_tokens, max_num_visual_tokens)
+    _check_settings(alpha=alpha, beta=beta, rho=rho, focus_limit=focus_limit, kappa=kappa, focus_mass=focus_mass)
     batch, num_tokens, _ = features.shape
     device = features.device
     if mask is None:
@@ -137,9 +141,7 @@ def select_visual_tokens(
         budgets = torch.full((batch,), width, device=device)
     budgets = torch.minimum(budgets, mask.sum(-1))
 
-    # Autocast would run the matrix products below in half precision. (It does not know the meta device.)
-    autocast_device = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
-    with torch.autocast(autocast_device, enabled=False):
+    with without_autocast(device):
         with torch.no_grad():
             priority = _priority(saliency, relevance, mask, alpha, beta)
             focus, num_focus = _focus(priority, mask, budgets, width, rho, focus_limit, focus_mass)
@@ -159,15 +161,15 @@ def select_visual_tokens(
 
 def _priority(saliency, relevance, mask, alpha, beta):
     """Eq. 3: the product of relevance and saliency, each min-max normalised over its pool. `(batch, num_tokens)`."""
-    priority = _min_max(saliency, mask) ** beta
+    priority = _power(_min_max(saliency, mask), beta)
     if relevance is not None:
-        priority = _min_max(relevance, mask) ** alpha * priority
+        priority = _power(_min_max(relevance, mask), alpha) * priority
     return priority.masked_fill(~mask, 0.0)
 
 
 def _min_max(scores, mask):
     """Scores of each pool on [0, 1]; a constant score is all ones, so that it drops out of the product."""
-    scores = scores.float()
+    scores = scores.float().contiguous()
     finite = scores.isfinite() & mask
     low = scores.masked_fill(~finite, torch.inf).amin(-1, keepdim=True)
     high = scores.masked_fill(~finite, -torch.inf).amax(-1, keepdim=True)
@@ -175,6 +177,17 @@ def _min_max(scores, mask):
     span = high / 2 - low / 2
     normalized = (torch.where(finite, scores, low) / 2 - low / 2) / span
     return normalized.masked_fill(span <= 0, 1.0)
+
+
+def _power(scores, exponent):
+    """
+    `scores ** exponent`, the same for equal scores: each takes the power of the first of its equals in sorted order.
+    torch itself computes the elements that fill no vector register by another function, which may round differently.
+    """
+    if exponent in (0, 1, 2, 3):  # computed by products, which round alike everywhere
+        return scores**exponent
+    ordered = scores.sort(dim=-1).values
+    return (ordered**exponent).gather(-1, torch.searchsorted(ordered, scores))
 
 
 def _focus(priority, mask, budgets, width, rho, focus_limit, focus_mass):
@@ -210,7 +223,7 @@ def _scan(features, mask, focus, num_focus, num_anchors):
     """
     if can_launch(features):
         return scan_on_gpu(features, mask, focus, num_focus, num_anchors)
-    if is_on_host(features):
+    if can_scan_on_host(features):
         return scan_on_host(features, mask, focus, num_anchors)
     cosines = _Cosines(features)
     num_tokens, width = mask.shape[1], focus.shape[1]
@@ -309,7 +322,7 @@ def _refine(features, priority, mask, kept, is_focus, nearest, similarity, kappa
     refined = _take(features, kept.clamp(max=num_tokens - 1)).masked_fill(~is_kept[..., None], 0.0)
     merged_into = torch.full_like(nearest, -1)
     # The most that a row can merge: one of the kept tokens is a Focus token.
-    num_candidates = min(int(kappa * (width - 1) + 1e-6), num_tokens - 1)
+    num_candidates = int(min(kappa * (width - 1) + 1e-6, num_tokens - 1))
     if num_candidates == 0:
         return refined, merged_into
 
@@ -353,7 +366,7 @@ def _sum_by_slot(values, slot, width):
     return (slot[:, None] == torch.arange(width, device=slot.device)[:, None]).to(values.dtype) @ values
 
 
-def _check_arguments(features, saliency, relevance, num_visual_tokens, mask, focus_mass, max_num_visual_tokens):
+def _check_tensors(features, saliency, relevance, mask):
     if features.ndim != 3 or features.shape[1] == 0:
         raise ValueError(
             "`features` must have the shape (batch, num_tokens, hidden_size) with at least one token, "
@@ -370,15 +383,31 @@ def _check_arguments(features, saliency, relevance, num_visual_tokens, mask, foc
         raise ValueError(
             f"`mask` must be a bool tensor, but its dtype is {mask.dtype}. Convert it with `mask.bool()`."
         )
+
+
+def _check_budgets(features, num_visual_tokens, max_num_visual_tokens):
     if isinstance(num_visual_tokens, torch.Tensor):
-        if num_visual_tokens.dtype != torch.long or num_visual_tokens.shape != shape[:1]:
+        if num_visual_tokens.dtype != torch.long or num_visual_tokens.shape != features.shape[:1]:
             raise ValueError(
-                f"A tensor `num_visual_tokens` must be a LongTensor of shape (batch,) = {tuple(shape[:1])}, "
+                f"A tensor `num_visual_tokens` must be a LongTensor of shape (batch,) = {tuple(features.shape[:1])}, "
                 f"but it is {num_visual_tokens.dtype} of shape {tuple(num_visual_tokens.shape)}."
             )
-        if max_num_visual_tokens is not None and max_num_visual_tokens < 1:
-            raise ValueError(f"`max_num_visual_tokens` must be at least 1, but it is {max_num_visual_tokens}.")
-    elif num_visual_tokens < 1:
-        raise ValueError(f"`num_visual_tokens` must be at least 1, but it is {num_visual_tokens}.")
-    if focus_mass not in ("all", "budget"):
-        raise ValueError(f'`focus_mass` must be "all" or "budget", but it is {focus_mass!r}.')
+    elif not _is_budget(num_visual_tokens):
+        raise ValueError(
+            f"`num_visual_tokens={num_visual_tokens!r}` is not allowed: `num_visual_tokens` must be an int >= 1, or a "
+            "LongTensor of shape (batch,)."
+        )
+    if max_num_visual_tokens is not None and not _is_budget(max_num_visual_tokens):
+        raise ValueError(
+            f"`max_num_visual_tokens={max_num_visual_tokens!r}` is not allowed: `max_num_visual_tokens` must be an "
+            "int >= 1, or None."
+        )
+
+
+def _is_budget(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_settings(**settings):
+    for name, value in settings.items():
+        check_fsr_value(name, value)

@@ -11,7 +11,7 @@ number of tokens, not with its square.
 import torch
 
 
-__all__ = ["is_on_host", "scan_on_host"]
+__all__ = ["can_scan_on_host", "scan_on_host"]
 
 _SMALL = 256  # tokens up to which one anchor after the other is as fast
 _MEDIUM = 1024  # tokens up to which all pairs follow where a small pool had few anchors
@@ -21,7 +21,7 @@ _PART = 1024  # tokens that are padded at once
 _MIN_POOL, _MAX_POOL = 128, 512
 
 
-def is_on_host(features: torch.Tensor) -> bool:
+def can_scan_on_host(features: torch.Tensor) -> bool:
     """Whether values may steer the loop: on the CPU, but not in a trace of the code, and where it pays."""
     return features.device.type == "cpu" and features.shape[1] > _SMALL and not torch.compiler.is_compiling()
 

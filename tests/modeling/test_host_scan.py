@@ -66,7 +66,7 @@ def test_equals_one_anchor_after_the_other(kind, width, monkeypatch):
         arguments = (features, saliency, None, budget)
         selection = select_visual_tokens(*arguments, mask=mask, rho=rho)
         with monkeypatch.context() as patch:
-            patch.setattr(fsr, "is_on_host", lambda features: False)
+            patch.setattr(fsr, "can_scan_on_host", lambda features: False)
             expected = select_visual_tokens(*arguments, mask=mask, rho=rho)
         assert (~expected.is_focus).sum() > 0
         for either in (selection, expected):
@@ -133,7 +133,7 @@ def test_all_pairs_end_a_search_that_finds_few(monkeypatch, number):
     assert sizes[0] == 128
     assert sizes[-1] == number
     assert len(sizes) == (2 if number == 400 else 7)
-    monkeypatch.setattr(fsr, "is_on_host", lambda features: False)
+    monkeypatch.setattr(fsr, "can_scan_on_host", lambda features: False)
     same_selection(selection, select_visual_tokens(features, saliency, None, 200, rho=0.3), rtol=1e-5, atol=1e-5)
 
 
