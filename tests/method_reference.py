@@ -1,10 +1,15 @@
-"""Focus, Scan, Refine (arXiv 2602.05809, Eqs. 3 to 9) for one pool of tokens: loops over plain Python floats."""
+"""
+Focus, Scan, Refine (arXiv 2602.05809, Eqs. 3 to 9) for one pool of tokens, in loops over plain Python floats; and the
+attention that each token receives, from whole maps in float64.
+"""
 
 import itertools
 import math
 
+import torch
 
-__all__ = ["reference"]
+
+__all__ = ["attention_inputs", "attention_per_key", "reference"]
 
 
 def min_max(scores):
@@ -88,3 +93,21 @@ def reference(features, saliency, relevance, budget, *, alpha, beta, rho, kappa,
             ]
         weight[j] += priority[i]
     return sorted(kept), focus, priority, merged_into, refined, gaps
+
+
+def attention_inputs(
+    tokens: int, heads: int = 3, head_dim: int = 8, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key = torch.randn(2, tokens, heads, head_dim, generator=torch.Generator().manual_seed(seed)) * 2
+    return query, key
+
+
+def attention_per_key(query: torch.Tensor, key: torch.Tensor, lengths: list[int], scale: float) -> torch.Tensor:
+    """Whole maps in float64, averaged over heads and over the queries of the segment."""
+    received, start = [], 0
+    for length in lengths:
+        segment = slice(start, start + length)
+        maps = torch.einsum("qhd,khd->hqk", query[segment].double(), key[segment].double()) * scale
+        received.append(maps.softmax(-1).mean((0, 1)))
+        start += length
+    return torch.cat(received)

@@ -20,21 +20,10 @@ from fsr_hf.modeling.saliency import attention_received
 from fsr_hf.modeling.triton_launch import can_launch
 
 
-@pytest.mark.parametrize("group", ["attention", "equations", "torch", "not (attention or equations or torch)"])
-def test_kernels_in_the_interpreter(group):
+@pytest.mark.parametrize("checks", ["kernel_checks.py", "kernel_trust_checks.py"])
+def test_kernels_in_the_interpreter(checks):
     pytest.importorskip("triton")
-    checks = Path(__file__).with_name("kernel_checks.py")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        f"test_ and ({group})",
-        str(checks),
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(checks))]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -48,9 +37,16 @@ SCORES |= {"head_dim": "i32", "scale": "fp32"}
 NEAREST = {"tokens": "*T", "scale": "*fp32", "chosen": "*i64", "num_chosen": "*i64", "nearest": "*i64"}
 NEAREST |= {"similarity": "*fp32", "width": "i32"}
 SCAN = {"pairs": "*fp32", "scale": "*fp32", "closest": "*fp32", "num_anchors": "*i64", "anchors": "*i64"}
-SCAN |= {"nearest": "*i64", "similarity": "*fp32", "num_tokens": "i32", "most": "i32"}
-STEP = {"tokens": "*T", "scale": "*fp32", "num_anchors": "*i64", "closest": "*fp32", "low": "*fp32", "place": "*i64"}
-STEP |= {"anchors": "*i64", "most": "i32", "step": "i32", "num_blocks": "i32"}
+SCAN |= {"nearest": "*i64", "similarity": "*fp32", "num_tokens": "i32", "max_anchors": "i32"}
+STEP = {
+    "tokens": "*T",
+    "scale": "*fp32",
+    "num_anchors": "*i64",
+    "closest": "*fp32",
+    "block_cosine": "*fp32",
+    "block_token": "*i64",
+}
+STEP |= {"anchors": "*i64", "max_anchors": "i32", "step": "i32", "num_blocks": "i32"}
 FOCUS = {"pairs": "*fp32", "mask": "*i1", "focus": "*i64", "num_focus": "*i64", "closest": "*fp32"}
 # Kernel, types of its arguments (T: of the features), constants, warps, types of features.
 KERNELS = {
