@@ -14,7 +14,8 @@ import pytest
 import torch
 from test_contract import build_case
 
-from fsr_hf.modeling import generation, received_kernel, scan_kernel
+from fsr_hf.modeling import fsr, generation, received_kernel, scan_kernel
+from fsr_hf.modeling import saliency as saliency_module
 from fsr_hf.modeling.fsr import select_visual_tokens
 from fsr_hf.modeling.saliency import attention_received
 from fsr_hf.modeling.triton_launch import can_launch
@@ -134,7 +135,7 @@ def test_selection_on_a_gpu_is_that_of_the_cpu(number, width, budget, dtype):
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, number, width, generator=generator).to(dtype)
     saliency, relevance = torch.rand(2, 2, number, generator=generator) ** 4
-    assert can_launch(features.cuda())
+    assert scan_kernel.can_scan_on_gpu(features.cuda(), fsr._scan_with_torch)
     selection = select_visual_tokens(features.cuda(), saliency.cuda(), relevance.cuda(), budget, rho=0.5)
     expected = select_visual_tokens(features, saliency, relevance, budget, rho=0.5)
     assert (~expected.is_focus).any()
@@ -148,6 +149,7 @@ def test_selection_on_a_gpu_is_that_of_the_cpu(number, width, budget, dtype):
 def test_attention_received_on_a_gpu_is_that_of_the_cpu(dtype):
     query, key = torch.randn(2, 3000, 16, 80, generator=torch.Generator().manual_seed(0)).to(dtype)
     lengths = [1000, 1, 729, 1270]
+    assert received_kernel.can_receive_on_gpu(query.cuda(), saliency_module._received_in_blocks)
     received = attention_received(query.cuda(), key.cuda(), lengths, 80**-0.5)
     torch.testing.assert_close(received.cpu(), attention_received(query, key, lengths, 80**-0.5), rtol=1e-3, atol=1e-7)
 
@@ -167,7 +169,7 @@ def test_selection_does_not_wait_for_the_gpu(number, grad):
         select_visual_tokens(features, saliency, None, budgets, mask=mask, max_num_visual_tokens=64)
         attention_received(query, key, [number] * 2, 0.1)
 
-    select_all()  # compiling may wait
+    select_all()  # compiling and the check of the kernels wait
     torch.cuda.set_sync_debug_mode("error")
     try:
         select_all()
@@ -182,7 +184,7 @@ def test_compression_does_not_wait_for_the_gpu(name, monkeypatch):
     case = build_case(name)
     model = copy.deepcopy(case.model).cuda()
     inputs = {key: value.cuda() for key, value in case.inputs.items()}
-    case.generate(inputs, model=model)  # compiling may wait
+    case.generate(inputs, model=model)  # compiling and the check of the kernels wait
     calls = []
 
     def watch(owner, attribute):
