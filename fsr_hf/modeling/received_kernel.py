@@ -78,9 +78,9 @@ def _agrees(torch_path, device, dtype):
     query[::9] = 0.0
     query[4::31] *= 16.0
     key[5::7] = key[5]
-    arguments = (query.to(device, dtype), key.to(device, dtype), lengths, 0.03)
+    arguments = (query.to(device, dtype), key.to(device, dtype), lengths, 2.0**-5)
     received, expected = received_on_gpu(*arguments), torch_path(*arguments)
-    return torch.allclose(received, expected, rtol=2e-2, atol=1e-5)  # TF32 may round the products of `torch_path`
+    return torch.allclose(received, expected, rtol=5e-3, atol=1e-6)  # `torch_path` may multiply in TF32
 
 
 @jit
