@@ -1635,7 +1635,7 @@ def test_text_tower_never_trains(case, tmp_path):
             assert not any(module.training for module in model.model.text_encoder.modules())
             assert not any(parameter.requires_grad for parameter in model.model.text_encoder.parameters())
         assert model.training
-        assert all(p.requires_grad for name, p in model.named_parameters() if not "text_encoder." in name)
+        assert all(p.requires_grad for name, p in model.named_parameters() if "text_encoder." not in name)
         model(**case.inputs, labels=case.inputs["input_ids"]).loss.backward()
         assert all(parameter.grad is None for parameter in model.model.text_encoder.parameters())
 

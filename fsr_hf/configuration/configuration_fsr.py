@@ -13,7 +13,7 @@ __all__ = ["FSRConfig", "FSRConfigMixin", "check_fsr_value"]
 def _is_number(value: Any, kind: type = float) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
         return False
-    return math.isfinite(value)
+    return -math.inf < value < math.inf  # False for NaN; `math.isfinite` cannot be traced by torch.compile
 
 
 def _one_of(*allowed: Any):

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .conversation import Conversation, continue_positions, forget, remember_positions
+from .conversation import Conversation, continue_positions, remember_positions
 from .fsr import select_visual_tokens
 from .guards import (
     Draft,
@@ -31,7 +31,14 @@ from .pools import VisualTokens, select_from_items
 from .prompt import CompressedPrompt, VisualItem, carry_states, place_items, select_columns
 
 
-__all__ = ["FSR_ARGUMENTS", "REFUSED_WITH_PIXELS", "FSRModelMixin", "KeptVisualOutput", "adopt_signature", "infer_attention_mask"]
+__all__ = [
+    "FSR_ARGUMENTS",
+    "REFUSED_WITH_PIXELS",
+    "FSRModelMixin",
+    "KeptVisualOutput",
+    "adopt_signature",
+    "infer_attention_mask",
+]
 
 logger = logging.get_logger(__name__)
 
@@ -185,9 +192,7 @@ class FSRModelMixin(TextEncoderMixin):
     def placeholder_ids(self) -> dict[str, int]:
         """The id that pixels of each modality fill."""
         modalities = {"pixel_values": "image", "pixel_values_videos": "video"}
-        return {
-            modalities[name]: getattr(self.config, f"{modalities[name]}_token_id") for name in self.pixel_inputs
-        }
+        return {modalities[name]: getattr(self.config, f"{modalities[name]}_token_id") for name in self.pixel_inputs}
 
     def build_items(self, **visual: Any) -> list[VisualItem]:
         """
@@ -323,7 +328,9 @@ class FSRModelMixin(TextEncoderMixin):
         if not needs_query and conversation is None:
             return None
 
-        question = self._check_query(query_input_ids, query_attention_mask, fsr, len(input_ids)) if needs_query else None
+        question = (
+            self._check_query(query_input_ids, query_attention_mask, fsr, len(input_ids)) if needs_query else None
+        )
         embeddings = None
         if question is not None and items:
             if not question[1].cpu()[[item.row for item in items]].any(-1).all():

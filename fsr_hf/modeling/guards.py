@@ -44,7 +44,9 @@ VERSION = tuple(map(int, re.findall(r"\d+", transformers_version)[:2]))
 
 # What the installed version calls the cache: 5.24 renamed it.
 _CACHE_NAMES = ("cache", "past_key_values")
-_CACHE_NAME = next(n for n in _CACHE_NAMES if n in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters)
+_CACHE_NAME = next(
+    n for n in _CACHE_NAMES if n in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
 _UNPRUNED = "unpruned"
 _calls = threading.local()
 

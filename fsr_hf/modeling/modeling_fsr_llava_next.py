@@ -79,7 +79,12 @@ class FSRLlavaNextModel(CLIPTowerMixin, LlavaNextModel):
         rows = [item.row for item, number in zip(items, num_views) for _ in range(number)]
         with offloaded_params_loaded(self):
             outputs, saliency, relevance = self.run_clip_tower(
-                pixel_values, rows, query, vision_feature_layer, vision_feature_select_strategy, image_sizes=image_sizes
+                pixel_values,
+                rows,
+                query,
+                vision_feature_layer,
+                vision_feature_select_strategy,
+                image_sizes=image_sizes,
             )
         # Each placeholder's patch among those of all views; any patch for a newline.
         firsts = torch.tensor([0, *num_views])[:-1].cumsum(0)

@@ -96,7 +96,9 @@ class FSRLlavaVideoModel(FSRModelMixin, LlavaOnevisionModel):
             return inputs
         visual = {name: inputs.pop(name) for name in self.visual_inputs if name in inputs}
         layer = {name: visual.get(name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
-        videos = self.get_video_features(visual["pixel_values_videos"], **layer, video_num_frames=frames, return_dict=True)
+        videos = self.get_video_features(
+            visual["pixel_values_videos"], **layer, video_num_frames=frames, return_dict=True
+        )
         inputs["mm_encoder_outputs"] = {"video": videos}
         if visual.get("pixel_values") is not None:
             names = ("pixel_values", *_IMAGE_INPUTS)

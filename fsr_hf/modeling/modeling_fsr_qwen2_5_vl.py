@@ -69,9 +69,7 @@ class FSRQwen2_5_VLModel(QwenVLMixin, Qwen2_5_VLModel):
         block = tower.blocks[-1]
         attention = block.attn
         # States are in window order, where the patches of a token stand together and tokens go by windows.
-        window_index, _ = get_vision_window_index(
-            grid, tower.spatial_merge_size, tower.window_size, tower.patch_size
-        )
+        window_index, _ = get_vision_window_index(grid, tower.spatial_merge_size, tower.window_size, tower.patch_size)
         window_index = window_index.to(hidden_states.device)
         positions = tower.rotary_pos_emb(hidden_states, get_vision_position_ids(grid, tower.spatial_merge_size))
         cos, sin = (

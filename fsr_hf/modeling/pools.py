@@ -96,9 +96,7 @@ def select_from_items(
         if is_pruned[number] or return_selections:
             owners += [number] * len(item.pools)
             positions += item.pools
-            pool_budgets += split_budget(
-                min(budgets[number], item.num_candidates), [len(pool) for pool in item.pools]
-            )
+            pool_budgets += split_budget(min(budgets[number], item.num_candidates), [len(pool) for pool in item.pools])
     if not owners:
         counts = [item.length for item in items]
         return KeptTokens(_ranges(counts, device), features, counts)
@@ -142,11 +140,13 @@ def select_from_items(
         ]
         in_pruned = torch.tensor(is_pruned)[slot_owners]
         chosen = in_pruned.nonzero()[:, 0].to(device, non_blocking=True)
-        kept_position, kept_features, slot_owners = kept_position[chosen], kept_features[chosen], slot_owners[in_pruned]
+        kept_position, kept_features, slot_owners = (
+            kept_position[chosen],
+            kept_features[chosen],
+            slot_owners[in_pruned],
+        )
     whole = [item.length if not pruned else 0 for item, pruned in zip(items, is_pruned)]
-    counts = [
-        item.length if not pruned else budget for item, pruned, budget in zip(items, is_pruned, budgets)
-    ]
+    counts = [item.length if not pruned else budget for item, pruned, budget in zip(items, is_pruned, budgets)]
     all_owners = torch.cat([slot_owners, torch.arange(len(items)).repeat_interleave(torch.tensor(whole))])
     start = torch.tensor(starts)[all_owners].to(device, non_blocking=True)
     kept_position = torch.cat([kept_position, _ranges(whole, device)])

@@ -187,8 +187,10 @@ def select_columns(
     slots = (columns.flatten() == unknown).nonzero()[:, 0]
     # In the order of the batch, as the slots are.
     item_columns = torch.cat([item.columns for item in items]) if items else columns.new_empty(0)
-    offsets = torch.tensor([0, *(item.length for item in items)])[:-1].cumsum(0).repeat_interleave(
-        torch.tensor(kept, dtype=torch.long)
+    offsets = (
+        torch.tensor([0, *(item.length for item in items)])[:-1]
+        .cumsum(0)
+        .repeat_interleave(torch.tensor(kept, dtype=torch.long))
     )
     columns, slots, item_columns, offsets = (
         tensor.to(indices.device, non_blocking=True) for tensor in (columns, slots, item_columns, offsets)

@@ -101,9 +101,7 @@ class QwenVLMixin(FSRModelMixin):
 
     # ------------------------------------------------------------------ tokens and scores
 
-    def encode_items(
-        self, items: list[VisualItem], query: None, **visual: Any
-    ) -> tuple[VisualTokens, dict[str, Any]]:
+    def encode_items(self, items: list[VisualItem], query: None, **visual: Any) -> tuple[VisualTokens, dict[str, Any]]:
         outputs, encoded = {}, {}
         for modality, (pixels, grids) in _INPUTS.items():
             if any(item.modality == modality for item in items):

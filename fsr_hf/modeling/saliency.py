@@ -6,8 +6,7 @@ import torch
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from .precision import without_autocast
-from .received_kernel import received_on_gpu
-from .triton_launch import can_launch
+from .received_kernel import can_receive_on_gpu, received_on_gpu
 
 
 __all__ = ["attention_received", "cls_attention", "resolve_feature_layer"]
@@ -66,8 +65,12 @@ def attention_received(query: torch.Tensor, key: torch.Tensor, lengths: list[int
     Returns:
         `torch.FloatTensor` of shape `(tokens,)`, float32: the means over each segment add up to 1.
     """
-    if can_launch(query):
+    if can_receive_on_gpu(query, _received_in_blocks):
         return received_on_gpu(query, key, lengths, scale)
+    return _received_in_blocks(query, key, lengths, scale)
+
+
+def _received_in_blocks(query, key, lengths, scale):
     heads = query.shape[1]
     received = []
     with without_autocast(query.device):

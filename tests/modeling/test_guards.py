@@ -84,9 +84,7 @@ def test_features_that_do_not_reach_the_placeholders(case, monkeypatch):
 def test_a_prompt_that_is_fed_in_part(case, monkeypatch):
     model, inputs = case
     original = PromptGuard.check_inputs
-    monkeypatch.setattr(
-        PromptGuard, "check_inputs", lambda self, num_new, *rest: original(self, num_new - 1, *rest)
-    )
+    monkeypatch.setattr(PromptGuard, "check_inputs", lambda self, num_new, *rest: original(self, num_new - 1, *rest))
     with pytest.raises(RuntimeError, match="FSR stops here"):
         model.generate(**inputs, max_new_tokens=1)
 
