@@ -25,6 +25,7 @@ def keep_data(hub_folder: Path, output_dir: Path) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     weights = {name: w for file in sorted(hub_folder.glob("*.safetensors")) for name, w in load_file(file).items()}
     save_file(weights, output_dir / "model.safetensors", metadata={"format": "pt"})
+    (output_dir / "model.safetensors").chmod(0o644)  # safetensors makes files for their owner alone
     for file in hub_folder.rglob("*"):
         if file.is_dir() or file.name in _LEFT_OUT or file.suffix in (".py", ".safetensors"):
             continue

@@ -31,22 +31,12 @@ from ..hub.original import CHAT_TEMPLATE as LLAVA_VIDEO_CHAT_TEMPLATE
 from ..modeling.modeling_fsr_llava_video import FSRLlavaVideoForConditionalGeneration
 from ..processing.processing_fsr_llava_video import FSRLlavaVideoProcessor
 from .chat_templates import LLAVA_TEMPLATE, QWEN_VL_TEMPLATE
-from .small_llava import SmallLlava, answer_in_words, save_small_clip, save_small_llava
+from .small_llava import TINY, answer_in_words, save_small_clip, save_small_llava
 from .small_tokenizers import word_tokenizer
 
 
 __all__ = ["SMALL_FAMILIES", "export_small_model"]
 
-_SIZE = SmallLlava(
-    hidden_size=64,
-    num_layers=2,
-    vision_hidden_size=32,
-    vision_num_layers=3,
-    text_hidden_size=32,
-    text_num_layers=2,
-    projection_dim=16,
-    head_dim=16,
-)
 _HALF = [0.5, 0.5, 0.5]  # mean and deviation of pixels, in SigLIP
 
 
@@ -71,12 +61,12 @@ def export_small_model(model_type: str, folder: str | os.PathLike) -> Path:
 
 
 def _save_llava(folder: Path, clip_folder: Path) -> None:
-    save_small_llava(folder, clip_folder, _SIZE)
+    save_small_llava(folder, clip_folder, TINY)
 
 
 def _save_llava_next(folder: Path, clip_folder: Path) -> None:
     tokenizer = word_tokenizer(image_token="<image>")
-    clip, _ = save_small_clip(clip_folder, _SIZE)
+    clip, _ = save_small_clip(clip_folder, TINY)
     config = LlavaNextConfig(
         vision_config=clip.config.vision_config,
         text_config={"model_type": "llama", **_text_config(tokenizer)},

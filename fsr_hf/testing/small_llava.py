@@ -25,6 +25,7 @@ from .small_tokenizers import WORDS, byte_tokenizer, word_tokenizer
 
 
 __all__ = [
+    "TINY",
     "SmallLlava",
     "answer_in_words",
     "clip_config",
@@ -63,6 +64,19 @@ class SmallLlava:
     def num_patches(self) -> int:
         """Of a picture, and so its visual tokens."""
         return (self.image_size // self.patch_size) ** 2
+
+
+# Of no use but to see that everything runs.
+TINY = SmallLlava(
+    hidden_size=64,
+    num_layers=2,
+    vision_hidden_size=32,
+    vision_num_layers=3,
+    text_hidden_size=32,
+    text_num_layers=2,
+    projection_dim=16,
+    head_dim=16,
+)
 
 
 def save_small_llava(

@@ -17,7 +17,6 @@ import jinja2.meta
 import numpy as np
 import pytest
 from clips import write_clip
-from hub.stand_ins import STAND_INS
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -27,6 +26,7 @@ from fsr_hf.hub import cards
 from fsr_hf.hub.card_checks import check_card, main
 from fsr_hf.hub.cards import address_card, card_data, card_folder, card_names, read_base, render_card, write_card
 from fsr_hf.hub.families import FAMILIES
+from fsr_hf.testing.small_families import export_small_model
 
 
 # Base, licence on the Hub and pipeline of each card.
@@ -439,7 +439,7 @@ def test_wheel_brings_template_and_data(tmp_path):
 def test_examples_run(model_type, tmp_path):
     """A reader copies the python blocks of a card, all of them, where transformers and PEFT are installed alone."""
     names = [name for name, facts in card_data()["models"].items() if facts["family"] == model_type]
-    checkpoint = STAND_INS[model_type](tmp_path)
+    checkpoint = export_small_model(model_type, tmp_path)
     assert check_card((checkpoint / "README.md").read_text(), checkpoint, is_complete=False) == []
     work = tmp_path / "work"
     for name in names:

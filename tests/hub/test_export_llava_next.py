@@ -5,6 +5,7 @@ from hub.clean_run import in_one_worker, run_clean
 from hub.tiny_checkpoints import SIDE, tiny_clip
 from old_keys import old_llava_key
 from PIL import Image
+from processing.queries import chat, turn
 from processing.tiny_tokenizers import clip_tokenizer, llama_tokenizer
 from safetensors.torch import save_file
 from transformers import (
@@ -78,12 +79,6 @@ def test_export_works_in_a_clean_process(tmp_path):
     assert {"pixel_values", "image_sizes", "query_input_ids"} < {*report["inputs"]}
     assert report["config"]["fsr_config"]["num_visual_tokens"] == 9
     assert report["other_budget"] == 2
-    content = [{"type": "image", "image": Image.new("RGB", (28, 28), "red")}, {"type": "text", "text": "a red dog?"}]
-    inputs = AutoProcessor.from_pretrained(folder).apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    question = turn("user", Image.new("RGB", (28, 28), "red"), "a red dog?")
+    inputs = chat(AutoProcessor.from_pretrained(folder), [question], add_generation_prompt=True)
     assert model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist() == report["tokens"]
