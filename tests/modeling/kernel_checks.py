@@ -10,7 +10,7 @@ import torch
 from received import queries_and_keys, received_by_maps
 from selection_checks import check_exact_pools, same_selection
 
-from fsr_hf.modeling import fsr, scan_kernel
+from fsr_hf.modeling import fsr, scan_kernel, triton_launch
 from fsr_hf.modeling import saliency as saliency_module
 from fsr_hf.modeling.fsr import select_visual_tokens
 from fsr_hf.modeling.saliency import attention_received
@@ -19,8 +19,9 @@ from fsr_hf.modeling.triton_launch import can_launch, is_interpreted
 
 @pytest.fixture(autouse=True)
 def watched(monkeypatch):
-    """Each test has to launch kernels."""
+    """Each test has to launch kernels. `kernel_trust_checks.py` tests the check that comes before, skipped here."""
     assert is_interpreted() and can_launch(torch.zeros(1))
+    monkeypatch.setattr(triton_launch, "_have_agreed", lambda *args: True)
     calls = []
     for owner, name in ((fsr, "scan_on_gpu"), (saliency_module, "received_on_gpu")):
         original = getattr(owner, name)
@@ -33,7 +34,7 @@ def watched(monkeypatch):
 def way(request, monkeypatch):
     """Cosines of all pairs at once, or when they are needed."""
     if request.param == "no pairs":
-        monkeypatch.setattr(scan_kernel, "_MOST_PAIRS", 0)
+        monkeypatch.setattr(scan_kernel, "_MAX_PAIRS", 0)
 
 
 @pytest.mark.parametrize("chunk", range(2))
@@ -53,7 +54,7 @@ def test_equals_torch(dtype, way, monkeypatch):
     arguments = (features, saliency, relevance, torch.tensor([40, 25]))
     options = {"mask": mask, "rho": 0.4, "max_num_visual_tokens": 40}
     selection = select_visual_tokens(*arguments, **options)
-    monkeypatch.setattr(fsr, "can_launch", lambda features: False)
+    monkeypatch.setattr(fsr, "can_scan_on_gpu", lambda *args: False)
     expected = select_visual_tokens(*arguments, **options)
     assert (~expected.is_focus & (expected.indices >= 0)).sum() > 30
     for either in (selection, expected):
@@ -77,10 +78,10 @@ def test_equal_tokens_are_a_tie_in_any_number(way):
 def test_rows_that_do_not_fit_into_memory_together(monkeypatch):
     features, saliency = torch.randn(3, 40, 16), torch.rand(3, 40) ** 4
     expected = select_visual_tokens(features, saliency, None, 12, rho=0.3)
-    monkeypatch.setattr(scan_kernel, "_MOST_MEMORY", 2 * 4 * 40**2)
+    monkeypatch.setattr(scan_kernel, "_MAX_PAIRS_MEMORY", 2 * 4 * 40**2)
     calls = []
-    original = scan_kernel._pairs
-    monkeypatch.setattr(scan_kernel, "_pairs", lambda *a: calls.append(len(a[0])) or original(*a))
+    original = scan_kernel._cosines_of_pairs
+    monkeypatch.setattr(scan_kernel, "_cosines_of_pairs", lambda *a: calls.append(len(a[0])) or original(*a))
     same_selection(select_visual_tokens(features, saliency, None, 12, rho=0.3), expected)
     assert calls == [2, 1]
 
@@ -99,7 +100,7 @@ def test_gradients_are_those_of_torch(monkeypatch):
     saliency, upstream = torch.rand(2, 30, generator=generator) ** 6, torch.randn(2, 10, 16, generator=generator)
     (select_visual_tokens(features, saliency, None, 10, rho=0.3).features * upstream).sum().backward()
     found, features.grad = features.grad, None
-    monkeypatch.setattr(fsr, "can_launch", lambda features: False)
+    monkeypatch.setattr(fsr, "can_scan_on_gpu", lambda *args: False)
     (select_visual_tokens(features, saliency, None, 10, rho=0.3).features * upstream).sum().backward()
     torch.testing.assert_close(found, features.grad)
 
