@@ -12,9 +12,7 @@ Seeds 0 to 99 are for development: whatever was chosen by results was chosen on 
 1000 to 1003.
 
     python -m benchmarks.quality --seeds 1000,1001,1002,1003 --questions 2000 --json docs/quality.json
-
-`--docs --json FILE --earlier FILE` writes the tables and the plot of docs/quality.md from the results of two runs: see
-benchmarks/quality_page.py.
+    python -m benchmarks.quality_page        # tables and plot of docs/quality.md
 """
 
 import argparse
@@ -220,7 +218,7 @@ def load(folder: str | os.PathLike, dtype: str = "auto", device: str = "cpu") ->
     model = FSRLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
     for name in (*_DEFAULTS, "relevance", "invert_relevance", "positions"):
         setattr(model.config.fsr_config, name, getattr(_FSR, name))
-    if model.text_encoder is None:
+    if model.config.fsr_config.text_encoder_config is None:
         raise ValueError(
             f"{folder} has no text encoder: export it with `text_encoder=`, for relevance to the question."
         )
@@ -246,8 +244,9 @@ def prompts(processor, examples: Sequence[Example]):
 def encode(model, processor, examples: Sequence[Example]) -> Batch:
     """Run the towers for a batch of questions, each about a picture of its own."""
     inputs = prompts(processor, examples).to(model.device)
-    question = model.text_encoder.encode_query(inputs["query_input_ids"], inputs["query_attention_mask"])
-    outputs, saliency, relevance = model.run_clip_tower(
+    text_encoder = model.model.text_encoder
+    question = text_encoder.encode_query(inputs["query_input_ids"], inputs["query_attention_mask"])
+    outputs, saliency, relevance = model.model.run_clip_tower(
         inputs["pixel_values"].to(model.dtype), list(range(len(examples))), question, None, None
     )
     tower = model.model.vision_tower
@@ -258,7 +257,7 @@ def encode(model, processor, examples: Sequence[Example]) -> Batch:
     objects = [None if asked.target is None else scene.objects[asked.target] for scene, asked in examples]
     names = ["" if item is None else f"a {item.color} {item.shape}" for item in objects]
     named = processor.tokenize_queries(names)
-    name = model.text_encoder.encode_query(*(torch.tensor(ids, device=model.device) for ids in named.values()))
+    name = text_encoder.encode_query(*(torch.tensor(ids, device=model.device) for ids in named.values()))
     size = tower.config.image_size // tower.config.patch_size
     patch_size = tower.config.patch_size
     on_object = object_patches([None if item is None else item.box for item in objects], size, patch_size)
@@ -281,8 +280,8 @@ def encode(model, processor, examples: Sequence[Example]) -> Batch:
         tokens=torch.stack(list(outputs.pooler_output)),
         keys=keys.unflatten(-1, (attention.num_heads, -1)).mean(-2),
         saliency=saliency,
-        cosine=-relevance,
-        name_cosine=model.text_encoder(tower.post_layernorm(outputs.hidden_states[num_layers - 1][:, 1:]), name),
+        cosine=-relevance if model.config.fsr_config.invert_relevance else relevance,
+        name_cosine=text_encoder(tower.post_layernorm(outputs.hidden_states[num_layers - 1][:, 1:]), name),
         on_object=on_object.to(model.device),
         on_other=(on_other & ~on_object).to(model.device),
         grid=(size, size),
@@ -770,24 +769,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32 (default: the checkpoint's own)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument(
-        "--docs",
-        action="store_true",
-        help="write tables and plot of docs/quality.md from --json and --earlier; no run",
-    )
-    parser.add_argument(
-        "--earlier", type=Path, help="for --docs: results of the model that has seen whole pictures only"
-    )
     options = parser.parse_args(arguments)
-    if options.docs:
-        from benchmarks.quality_page import write_page
-
-        files = (options.json, options.earlier)
-        if any(file is None or not file.is_file() for file in files):
-            parser.error("--docs needs --json FILE and --earlier FILE, with the results of two runs.")
-        write_page(*(json.loads(file.read_text(encoding="utf-8")) for file in files))
-        return
-
     try:
         methods = parse_methods(options.methods)
         if options.seed is not None and options.seeds is not None:

@@ -2,10 +2,12 @@
 The tables and the plot of docs/quality.md, from the JSON of two runs: of the model that ships, and of the same model
 before the last stage of its training, which has seen whole pictures only.
 
-    python -m benchmarks.quality --docs --json docs/quality.json --earlier benchmarks/results/quality-earlier.json
+    python -m benchmarks.quality_page [RESULTS.json EARLIER.json]
 """
 
-from collections.abc import Callable
+import argparse
+import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ from benchmarks.quality import LEAST_ACCURACY, METHODS, POSITIONS
 from fsr_hf.hub.cards import markdown_table
 
 
-__all__ = ["BLOCKS", "EARLIER_BLOCKS", "draw_plot", "write_page"]
+__all__ = ["BLOCKS", "EARLIER_BLOCKS", "draw_plot", "main", "write_page"]
 
 DOCS = Path(__file__).parents[1] / "docs"
+EARLIER_RESULTS = Path(__file__).parent / "results" / "quality-earlier.json"
 
 # Of one method at one budget.
 Row = dict[str, Any]
@@ -332,3 +335,19 @@ def draw_plot(result: dict[str, Any], file: Path) -> None:
     panels[1].legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(file, dpi=130)
     pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality_page", description=__doc__)
+    parser.add_argument("results", nargs="?", type=Path, default=DOCS / "quality.json")
+    parser.add_argument("earlier", nargs="?", type=Path, default=EARLIER_RESULTS)
+    options = parser.parse_args(arguments)
+    files = (options.results, options.earlier)
+    for file in files:
+        if not file.is_file():
+            parser.error(f"{file} is no file: give the JSON that `python -m benchmarks.quality` has written.")
+    write_page(*(json.loads(file.read_text(encoding="utf-8")) for file in files))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,7 @@
-"""Focus, Scan, Refine (arXiv 2602.05809, Eqs. 3 to 9) for one pool of tokens: loops over plain Python floats."""
+"""
+Focus, Scan, Refine (arXiv 2602.05809, Eqs. 3 to 9) for one pool of tokens, in loops over plain Python floats; and the
+attention that each token receives, from whole maps in float64.
+"""
 
 import itertools
 import math

@@ -286,7 +286,8 @@ def _copy_files(folder: Path, staging: Path) -> None:
 
 def _write_processor(family: Family, clip_folder: Path | None, staging: Path) -> None:
     """Makes the processor in `staging` the family's, where it has one, with CLIP's tokenizer if it needs that."""
-    if family.processor is None or (family.takes_text_encoder and clip_folder is None):
+    has_query = clip_folder is not None or (staging / "query_tokenizer").is_dir()
+    if family.processor is None or (family.takes_text_encoder and not has_query):
         return
     if clip_folder is not None:
         CLIPTokenizer.from_pretrained(clip_folder).save_pretrained(staging / "query_tokenizer")

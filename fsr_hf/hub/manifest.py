@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import __version__
+from ..version import __version__
 
 
 __all__ = ["MANIFEST", "Fingerprint", "compare_manifest", "folder_files", "read_manifest", "write_manifest"]

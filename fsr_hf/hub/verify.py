@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor
 from transformers.utils import logging
 
-from .. import __version__
+from ..version import __version__
 from .families import FAMILIES, Family
 from .flatten import flat_files
 from .manifest import Fingerprint, compare_manifest, read_manifest

@@ -7,7 +7,6 @@ import signal
 
 import pytest
 import torch
-from hub.test_export import checkpoints  # noqa: F401 (a fixture)
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from typer.testing import CliRunner
@@ -20,7 +19,7 @@ from fsr_hf.hub.verify import check_code, check_loads, verify
 
 
 @pytest.fixture
-def folder(checkpoints, tmp_path):  # noqa: F811
+def folder(checkpoints, tmp_path):
     """An export that a test may spoil."""
     return shutil.copytree(checkpoints.fsr, tmp_path / "fsr")
 
@@ -91,7 +90,7 @@ def test_code_of_another_version_is_left_to_the_manifest(folder):
     assert check_code(folder) == ["fsr.py is not that of fsr-hf 0.1.0"]
 
 
-def test_saved_by_the_installed_package(checkpoints, tmp_path):  # noqa: F811
+def test_saved_by_the_installed_package(checkpoints, tmp_path):
     """The code is listed at once; weights and settings that come later are not, and a later save makes it no lie."""
     folder = shutil.copytree(checkpoints.fsr, tmp_path / "fsr")
     config = AutoConfig.from_pretrained(folder)
@@ -138,7 +137,7 @@ def test_what_would_not_load(change, fault, folder):
     assert done.exit_code == 1 and done.stderr.startswith(f"fsr-hf: {folder} is not uploaded: ")
 
 
-def test_export_that_would_not_load_is_refused(checkpoints, tmp_path):  # noqa: F811
+def test_export_that_would_not_load_is_refused(checkpoints, tmp_path):
     source = shutil.copytree(checkpoints.stock, tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     del tensors["language_model.lm_head.weight"]
@@ -152,7 +151,7 @@ def test_export_that_would_not_load_is_refused(checkpoints, tmp_path):  # noqa: 
 
 
 @pytest.mark.parametrize("step", ["_copy_shard", "_write_json", "_copy_files", "_name_processor", "write_card"])
-def test_killed_export_leaves_nothing_that_loads(step, checkpoints, tmp_path):  # noqa: F811
+def test_killed_export_leaves_nothing_that_loads(step, checkpoints, tmp_path):
     """SIGKILL in the middle of the export, at a step; then another export to the same place."""
     target = tmp_path / "fsr"
     if (child := os.fork()) == 0:
@@ -174,7 +173,7 @@ def test_killed_export_leaves_nothing_that_loads(step, checkpoints, tmp_path):  
     assert list(tmp_path.iterdir()) == [target] and verify(target) == []
 
 
-def test_licence_of_the_base(checkpoints, tmp_path):  # noqa: F811
+def test_licence_of_the_base(checkpoints, tmp_path):
     base = "llava-hf/llava-1.5-7b-hf"
     folder = export(checkpoints.stock, tmp_path / "fsr", base_model=base, progress=False)
     notice = (folder / "NOTICE").read_text()

@@ -5,6 +5,7 @@ import itertools
 import math
 import pathlib
 import random
+import re
 from dataclasses import fields
 from fractions import Fraction
 
@@ -461,6 +462,27 @@ def test_autocast_changes_nothing(pools):
     same_selection(selection, expected)
 
 
+@pytest.mark.parametrize("num_tokens", [*range(2, 40), 100, 257, 576, 9000])
+def test_equal_scores_have_equal_priorities(num_tokens):
+    """Four scores in turns, so that each stands in full vector registers and among the elements left over."""
+    group = torch.arange(num_tokens) % 4
+    scores = torch.tensor([0.5, 0.1, 0.37, 0.9])[group].expand(4, -1)
+    features = torch.eye(4)[group].expand(4, -1, -1)
+    for exponent in (0.3, 0.5, 0.7, 1.0, 1.7, 2.0, 2.5, 3.0, math.pi, 7.0):
+        selection = select_visual_tokens(features, scores, scores, 1, alpha=exponent / 2, beta=exponent)
+        assert torch.equal(selection.priority, selection.priority[:, : min(num_tokens, 4)][:, group]), exponent
+        assert (selection.indices == scores[0].tolist().index(scores.max())).all()
+
+
+def test_equal_scores_are_a_tie_with_a_fractional_exponent():
+    """A plain power gives index 98, which fills no vector register, a higher priority than index 2."""
+    for score in torch.linspace(0.01, 0.99, 99).tolist():
+        saliency = torch.tensor([[score, 0.0, score]])[:, torch.arange(99) % 3]
+        saliency[0, 1] = 1.0
+        selection = select_visual_tokens(torch.eye(99)[None], saliency, None, 2, beta=0.3, focus_limit=1.0, rho=1.0)
+        assert selection.indices.tolist() == [[0, 1]], score
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_as_one_graph(pools, dynamic):
     torch.compiler.reset()
@@ -525,8 +547,8 @@ def test_inputs_stay_as_they_are(pools):
             r"`mask` must have the shape .* = \(2, 6\) .* its shape is \(6,\)",
         ),
         ({"mask": torch.ones(2, 6)}, r"`mask` must be a bool tensor, but its dtype is torch.float32"),
-        ({"num_visual_tokens": 0}, "`num_visual_tokens` must be at least 1, but it is 0"),
-        ({"num_visual_tokens": -3}, "`num_visual_tokens` must be at least 1, but it is -3"),
+        ({"num_visual_tokens": 0}, "`num_visual_tokens=0` is not allowed: `num_visual_tokens` must be an int >= 1"),
+        ({"num_visual_tokens": -3}, "`num_visual_tokens=-3` is not allowed: .* an int >= 1, or a LongTensor"),
         (
             {"num_visual_tokens": torch.tensor([1, 2, 3])},
             r"of shape \(batch,\) = \(2,\), .* torch.int64 of shape \(3,",
@@ -534,9 +556,23 @@ def test_inputs_stay_as_they_are(pools):
         ({"num_visual_tokens": torch.tensor([1.0, 2.0])}, r"must be a LongTensor .* but it is torch.float32"),
         (
             {"num_visual_tokens": torch.tensor([1, 2]), "max_num_visual_tokens": 0},
-            "`max_num_visual_tokens` must be at least 1, but it is 0",
+            "`max_num_visual_tokens=0` is not allowed: `max_num_visual_tokens` must be an int >= 1, or None",
         ),
-        ({"focus_mass": "half"}, """`focus_mass` must be "all" or "budget", but it is 'half'"""),
+        ({"focus_mass": "half"}, """`focus_mass='half'` is not allowed: `focus_mass` must be "all" or "budget\""""),
+        *(
+            ({name: value}, re.escape(f"`{name}={value!r}` is not allowed: `{name}` must be an int >= 1"))
+            for name in ("num_visual_tokens", "max_num_visual_tokens")
+            for value in (True, 3.0, 2.5, "3", [3], math.nan)
+        ),
+        *(
+            ({name: value}, re.escape(f"`{name}={value!r}` is not allowed: `{name}` must be {allowed}"))
+            for names, allowed, values in (
+                (("rho", "focus_limit"), "a number in (0, 1]", (0, -1, 2, 1.0001)),
+                (("alpha", "beta", "kappa"), "a number >= 0", (-1, -1e-9)),
+            )
+            for name in names
+            for value in (*values, math.nan, math.inf, -math.inf, True, None, "0.5", torch.tensor(0.5))
+        ),
     ],
 )
 def test_errors_name_the_argument_and_the_value(changes, message):
