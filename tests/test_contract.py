@@ -932,7 +932,7 @@ def test_guidance(case):
 def refused(case):
     embeds = case.model.get_input_embeddings()(case.inputs["input_ids"])
     if VERSION < (5, 23):
-        yield {"prefill_chunk_size": 4}, "`prefill_chunk_size` .* right from 5.23 on"
+        yield {"prefill_chunk_size": 4}, "`prefill_chunk_size` .* by chunks"
     yield {"token_healing": True}, "`token_healing` .* visual tokens do not follow"
     yield {"cache_implementation": "paged"}, "`cache_implementation` .* ids alone"
     yield {"custom_generate": lambda model, **kwargs: None}, "`custom_generate` .* decoding loop"
@@ -1524,6 +1524,8 @@ def test_logits_to_keep(case):
             close(case.model(**case.inputs, logits_to_keep=number).logits, full[:, -number:])
         index = torch.tensor([case.length - 1, 0, 5, case.length - 4])
         close(case.model(**case.inputs, logits_to_keep=index).logits, full[:, index])
+        if VERSION < (5, 22):
+            return  # the stock class takes no more forms of it
         per_row = torch.stack([(index + row) % case.length for row in range(len(case.rows))])
         expected = full.take_along_dim(per_row[..., None], dim=1)
         close(case.model(**case.inputs, logits_to_keep=per_row).logits, expected)
