@@ -127,7 +127,9 @@ def test_private_means_private(trip):
 
 
 def test_verify_by_id(trip):
-    assert trip.pushed["verify"]["code"] == trip.pushed["plain_verify"]["code"] == 0
+    assert trip.pushed["verify"]["code"] == trip.pushed["verify_by_manifest"]["code"] == 0
+    (line,) = trip.pushed["plain_verify"]["stdout"].splitlines()  # of `save_pretrained`
+    assert trip.pushed["plain_verify"]["code"] == 1 and "lists the code alone" in line
     assert trip.pushed["newer_verify"]["code"] == 1
     name = trip.pushed["newer_file"]
     assert [line.split()[0] for line in trip.pushed["newer_verify"]["stdout"].splitlines()] == [name, name]
