@@ -143,7 +143,7 @@ def check_code(folder: Path, version: str = __version__, elsewhere: dict[str, Fi
     if family is not None and version == __version__:
         wanted = flat_files(family)
         for name in sorted(wanted):
-            if name not in names:
+            if not (folder / name).is_file():
                 faults.append(f"{name} is missing")
             elif (folder / name).read_bytes() != wanted[name].encode():
                 faults.append(f"{name} is not that of fsr-hf {version}")

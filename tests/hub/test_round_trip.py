@@ -47,11 +47,12 @@ class RoundTrip(NamedTuple):
 
 
 def run(script: str, *arguments: str, isolated: bool, **environment: str) -> None:
-    """Runs a script of this folder; `-I` leaves out the folder of the tests, and what PYTHONPATH names."""
+    """Runs a script of this folder; `-I` leaves out what PYTHONPATH names: the tests and the package."""
     here = Path(__file__).parent
+    paths = [str(here.parent), str(here.parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     done = subprocess.run(
         [sys.executable, *(["-I"] if isolated else []), str(here / script), *arguments],
-        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(here.parent)}
+        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": os.pathsep.join(paths)}
         | environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -16,11 +16,13 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hub.test_export import checkpoints  # noqa: F401 (a fixture)
 from hub.test_publishing import edit
+from huggingface_hub.hf_api import RepoFile
 from processing.tiny_tokenizers import clip_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
@@ -247,6 +249,36 @@ def test_manifest_of_another_place(checkpoints, folder, tmp_path):  # noqa: F811
     assert done.stdout == f"{checkpoints.fsr} is what the manifest of {checkpoints.fsr} says.\n"
     with pytest.raises(ValueError, match="is missing"):
         verify(folder, manifest_of=tmp_path)
+
+
+def test_settings_of_a_repository_are_read_wherever_the_server_keeps_them(folder, monkeypatch):
+    """A publisher may put any file into LFS, of which the server states hashes alone: only weights are left there."""
+    nested_auto_map(folder)
+    write_manifest(folder)
+    left = set()
+
+    def describe(path):
+        size, sha256 = Fingerprint.of(path)
+        name = path.relative_to(folder).as_posix()
+        return RepoFile(path=name, size=size, oid="0" * 40, lfs={"size": size, "oid": sha256, "pointerSize": 130})
+
+    def snapshot_download(repo_id, ignore_patterns, **kwargs):
+        left.update(ignore_patterns)
+        for name in ignore_patterns:
+            (folder / name).unlink()
+        return folder
+
+    entries = [describe(path) for path in folder.rglob("*") if path.is_file()]
+    api = SimpleNamespace(
+        model_info=lambda *args, **kwargs: SimpleNamespace(sha="0" * 40),
+        list_repo_tree=lambda *args, **kwargs: entries,
+    )
+    monkeypatch.setattr("fsr_hf.hub.verify.HfApi", lambda: api)
+    monkeypatch.setattr("fsr_hf.hub.verify.snapshot_download", snapshot_download)
+    assert verify("org/name") == ["processor_config.json: `auto_map` names other code: evil/repo--evil.X"]
+    assert {name for name in left if not name.endswith(".md")} == {
+        f"model-0000{number}-of-00002.safetensors" for number in (1, 2)
+    }
 
 
 def test_a_name_that_prints_a_line_of_its_own(folder):
