@@ -1,59 +1,81 @@
 # Every target sets up what it needs: a virtual environment, filled from the package registry.
-# `make demo` and `make test` are all that a fresh clone needs.
+# `make demo` and `make test` are all that a fresh clone needs. They install the versions of requirements/tested.txt.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
-FLOOR := 5.17.0
+FLOOR := 5.18.0
+# What `make test-newest` tries; for example "transformers @ git+https://github.com/huggingface/transformers".
+NEWEST ?= transformers
+TESTED := requirements/tested.txt
 
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One thread a process: the tests run in two processes.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo checkpoint test test-floor check format clean
+PYTEST := -m pytest -n 2 --dist loadgroup
+
+.PHONY: help demo test test-newest test-floor check format pin clean
 
 help:
-	@echo "make demo        ask a small trained LLaVA about drawn pictures, unpruned and pruned"
-	@echo "make test        all tests, newest transformers"
-	@echo "make test-floor  the common tests, transformers $(FLOOR)"
-	@echo "make check       formatting, lint, types, model cards"
-	@echo "make format      rewrite the code as 'make check' wants it"
+	@echo "make demo         ask a small trained LLaVA about drawn pictures, unpruned and pruned"
+	@echo "make test         all tests, with the versions of $(TESTED)"
+	@echo "make test-newest  the common tests, newest release of everything"
+	@echo "make test-floor   the common tests, transformers $(FLOOR)"
+	@echo "make check        formatting, lint, types, model cards"
+	@echo "make format       rewrite the code as 'make check' wants it"
+	@echo "make pin          write $(TESTED) anew from what the registry has today"
 
 demo: .venv/.installed
 	.venv/bin/fsr-hf demo
 
-test: .venv/.installed
-	.venv/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+test: .venv/.installed-dev
+	.venv/bin/python $(PYTEST) $(PYTEST_ARGS)
+
+# What is newest changes from day to day, so pip looks again at each run.
+test-newest:
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --upgrade --upgrade-strategy eager --editable ".[dev]" "$(NEWEST)"
+	.venv-newest/bin/python $(PYTEST) -m "not once" $(PYTEST_ARGS)
 
 test-floor: .venv-floor/.installed
-	.venv-floor/bin/python -m pytest -n 2 --dist loadgroup -m "not newest" $(PYTEST_ARGS)
+	.venv-floor/bin/python $(PYTEST) -m "not once" $(PYTEST_ARGS)
 
-check: .venv/.installed
+check: .venv/.installed-dev
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
 	.venv/bin/mypy
 	.venv/bin/python -m fsr_hf.hub.card_checks
 
-checkpoint: .venv/.installed  # after a change of the code or of the results that it carries along
-	cp docs/quality.json checkpoints/shapes-vqa/quality.json
-	rm -rf build/shapes-vqa-new && mkdir -p build
-	.venv/bin/fsr-hf export checkpoints/shapes-vqa build/shapes-vqa-new --base-model shapes-vqa
-	rm -rf checkpoints/shapes-vqa
-	mv build/shapes-vqa-new checkpoints/shapes-vqa
-
-format: .venv/.installed
+format: .venv/.installed-dev
 	.venv/bin/ruff format
 	.venv/bin/ruff check --fix
 
-# The stamp is the last step, so an interrupted installation is taken up again.
-.venv/.installed: pyproject.toml
+# The stamp is the last step, so an interrupted installation is taken up again. The demo takes no video, but without
+# torchvision transformers warns about image processors that it does without.
+.venv/.installed: pyproject.toml $(TESTED)
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --disable-pip-version-check --editable ".[dev]"
+	.venv/bin/python -m pip install --constraint $(TESTED) --editable ".[video]"
 	touch $@
 
-.venv-floor/.installed: pyproject.toml
-	test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
-	.venv-floor/bin/python -m pip install --disable-pip-version-check --editable ".[dev]" "transformers==$(FLOOR)"
+.venv/.installed-dev: .venv/.installed
+	.venv/bin/python -m pip install --constraint $(TESTED) --editable ".[dev]"
 	touch $@
+
+# As tested, apart from transformers.
+.venv-floor/.installed: pyproject.toml $(TESTED)
+	test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
+	grep -v "^transformers==" $(TESTED) > .venv-floor/constraints.txt
+	.venv-floor/bin/python -m pip install --constraint .venv-floor/constraints.txt --editable ".[dev]" \
+		"transformers==$(FLOOR)"
+	touch $@
+
+pin:
+	$(PYTHON) -m venv build/pin
+	build/pin/bin/python -m pip install --quiet --upgrade uv
+	build/pin/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev \
+		--constraint requirements/held.txt --annotation-style line --custom-compile-command "make pin" \
+		--output-file $(TESTED) pyproject.toml
 
 clean:
-	rm -rf .venv .venv-floor .pytest_cache .ruff_cache .mypy_cache build dist
+	rm -rf .venv .venv-floor .venv-newest .pytest_cache .ruff_cache .mypy_cache build dist

@@ -10,26 +10,12 @@ from typing import Any
 
 import torch
 
-from fsr_hf import (
-    FSRLlavaConfig,
-    FSRLlavaForConditionalGeneration,
-    FSRLlavaNextConfig,
-    FSRLlavaNextForConditionalGeneration,
-    FSRLlavaVideoConfig,
-    FSRLlavaVideoForConditionalGeneration,
-    FSRQwen2_5_VLConfig,
-    FSRQwen2_5_VLForConditionalGeneration,
-)
+from fsr_hf.hub.families import FAMILIES
 
 
 __all__ = ["MODELS", "Prompt", "build", "make_inputs"]
 
-MODELS = {
-    "llava": (FSRLlavaConfig, FSRLlavaForConditionalGeneration),
-    "llava_next": (FSRLlavaNextConfig, FSRLlavaNextForConditionalGeneration),
-    "qwen2_5_vl": (FSRQwen2_5_VLConfig, FSRQwen2_5_VLForConditionalGeneration),
-    "llava_video": (FSRLlavaVideoConfig, FSRLlavaVideoForConditionalGeneration),
-}
+MODELS = {family.config.model_type.removeprefix("fsr_"): family for family in FAMILIES}
 
 
 @dataclass(frozen=True)
@@ -197,7 +183,6 @@ def build(family: str, size: str, device: str, dtype: torch.dtype):
         dtype (`torch.dtype`):
             Of its weights.
     """
-    config_class, model_class = MODELS[family]
     fields = dict(_SIZES[size][family])
     settings = {"rho": 1e-9}
     if (text_encoder := fields.pop("text_encoder", None)) is not None:
@@ -207,10 +192,10 @@ def build(family: str, size: str, device: str, dtype: torch.dtype):
     else:
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         fields |= dict(zip(names[: 4 if family == "qwen2_5_vl" else 2], _special_ids(fields)))
-    config = config_class(**fields, fsr_config=settings)
+    config = MODELS[family].config(**fields, fsr_config=settings)
     torch.manual_seed(0)
     with torch.device(device):
-        return model_class._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+        return MODELS[family].model._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
 
 def _special_ids(fields: dict[str, Any]) -> list[int]:

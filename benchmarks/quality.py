@@ -8,7 +8,7 @@ scores are computed once for a question, and each method selects from them for t
 through `generate()` as well, and the run stops if it does not agree.
 
     python -m benchmarks.quality --seeds 0,1,2 --questions 2000 --json docs/quality.json
-    python -m benchmarks.quality --docs --json docs/quality.json     # tables and plot of docs/quality.md, no run
+    python -m benchmarks.quality_page                # tables and plot of docs/quality.md from docs/quality.json
 """
 
 import argparse
@@ -648,18 +648,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32 (default: the checkpoint's own)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument(
-        "--docs", action="store_true", help="write tables and plot of docs/quality.md from --json; no run"
-    )
     options = parser.parse_args(arguments)
-    if options.docs:
-        from benchmarks.quality_page import write_page
-
-        if options.json is None or not options.json.is_file():
-            parser.error("--docs needs --json FILE, with the results of a run.")
-        write_page(json.loads(options.json.read_text(encoding="utf-8")))
-        return
-
     try:
         methods = parse_methods(options.methods)
         if options.seed is not None and options.seeds is not None:

@@ -1,10 +1,12 @@
 """
-The tables and the plot of docs/quality.md, from the JSON of a run.
+The tables and the plot of docs/quality.md, from the JSON of a run, by default docs/quality.json.
 
-    python -m benchmarks.quality --docs --json docs/quality.json
+    python -m benchmarks.quality_page [RESULTS.json]
 """
 
-from collections.abc import Callable
+import argparse
+import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from benchmarks.quality import LEAST_ACCURACY, METHODS
 from fsr_hf.hub.cards import markdown_table
 
 
-__all__ = ["BLOCKS", "draw_plot", "write_page"]
+__all__ = ["BLOCKS", "draw_plot", "main", "write_page"]
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -270,3 +272,16 @@ def draw_plot(result: dict[str, Any], file: Path) -> None:
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(file, dpi=130)
     pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality_page", description=__doc__)
+    parser.add_argument("results", nargs="?", type=Path, default=DOCS / "quality.json")
+    options = parser.parse_args(arguments)
+    if not options.results.is_file():
+        parser.error(f"{options.results} is no file: give the JSON that `python -m benchmarks.quality` has written.")
+    write_page(json.loads(options.results.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
-from fsr_hf.demo.small_families import SMALL_FAMILIES, export_small_model
+from fsr_hf.testing.small_families import SMALL_FAMILIES, export_small_model
 
 
 NEW_TOKENS = 6

@@ -20,19 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 from .configuration.configuration_fsr import FSRConfig
-from .demo.small_llava import export_small_llava
 from .explain import check_fsr_model, load_visual
 from .machine import provenance
 from .modeling import clip_tower, fsr, pools
 from .modeling.fsr import VisualSelection
 from .processing.processing_fsr_llava_video import sample_frames
 from .processing.video_files import read_video
+from .testing.small_llava import export_small_llava
 
 
 __all__ = [
@@ -457,6 +457,14 @@ def _describe_prompt(model, inputs: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
+# torch 2.14 does not count the FLOPs of its attention kernel for the CPU.
+_NOT_COUNTED_BY_TORCH = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+    )
+}
+
+
 def _count(model, inputs: Mapping[str, Any], method: Method, prompt: dict[str, int]) -> dict[str, Any]:
     """What does not change from run to run: FLOPs, lengths, sizes, and how many Focus tokens there are."""
     selections = []
@@ -465,7 +473,7 @@ def _count(model, inputs: Mapping[str, Any], method: Method, prompt: dict[str, i
         selections.append(select(*args, **kwargs))
         return selections[-1]
 
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED_BY_TORCH)
     with _replaced(_replacements(model, method)):
         remembering = functools.partial(remember, pools.select_visual_tokens)
         with _replaced([(pools, "select_visual_tokens", remembering)]), counter:

@@ -4,6 +4,9 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
+
+import pytest
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,3 +15,32 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="fsr-hf-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+# Slow, and the same on every transformers: marked `once`, which `make test-newest` and `make test-floor` leave out.
+ONCE = (
+    "benchmarks",
+    "hub/test_cards.py",
+    "hub/test_publishing.py",
+    "hub/test_security.py",
+    "modeling/test_attention_received.py",
+    "modeling/test_fsr.py",
+    "modeling/test_host_scan.py",
+    "modeling/test_kernels.py",
+    "test_bench.py",
+    "test_examples.py",
+    "test_explain.py",
+    "test_full_size.py",
+    "test_package.py",
+    "test_shapes_vqa.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    if missing := [name for name in ONCE if not (here / name).exists()]:
+        raise pytest.UsageError(f"ONCE of {__file__} names {missing}, which do not exist")
+    for item in items:
+        path = item.path.relative_to(here)
+        if any(path.is_relative_to(name) for name in ONCE):
+            item.add_marker("once")

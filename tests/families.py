@@ -176,7 +176,7 @@ class Family:
         reference = self.reference_class._from_config(
             config, attn_implementation=attn_implementation, dtype=model.dtype
         )
-        weights = {name: value for name, value in model.state_dict().items() if not name.startswith("text_encoder.")}
+        weights = {name: value for name, value in model.state_dict().items() if "text_encoder." not in name}
         reference.load_state_dict(weights)
         reference.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS)
         return reference.eval()

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from modeling.test_fsr import reference as select
+from method_reference import reference as select
 from transformers import CLIPConfig, CLIPModel
 
 
@@ -55,15 +55,15 @@ class Layout:
 
 def build_clip(model) -> CLIPModel | None:
     """The `CLIPModel` whose halves are the vision tower and the text encoder of an FSR model."""
-    if model.text_encoder is None:
+    if model.model.text_encoder is None:
         return None
     text, vision = model.config.fsr_config.text_encoder_config, model.config.vision_config
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=text.projection_dim)
     clip = CLIPModel(config)
     clip.vision_model.load_state_dict(model.model.vision_tower.state_dict())
-    clip.text_model.load_state_dict(model.text_encoder.text_model.state_dict())
-    clip.text_projection.load_state_dict(model.text_encoder.text_projection.state_dict())
-    clip.visual_projection.load_state_dict(model.text_encoder.visual_projection.state_dict())
+    clip.text_model.load_state_dict(model.model.text_encoder.text_model.state_dict())
+    clip.text_projection.load_state_dict(model.model.text_encoder.text_projection.state_dict())
+    clip.visual_projection.load_state_dict(model.model.text_encoder.visual_projection.state_dict())
     return clip.eval()
 
 
@@ -132,6 +132,7 @@ def select_item(layout: Layout, fsr) -> Selection | None:
             alpha=fsr.alpha,
             beta=fsr.beta,
             rho=fsr.rho,
+            focus_limit=fsr.focus_limit,
             kappa=fsr.kappa,
             focus_mass=fsr.focus_mass,
         )
@@ -193,18 +194,24 @@ class Oracle:
         self.reference = reference
         self.clip = build_clip(model) if family.has_text_encoder else None
 
-    def compress(self, row, query: bool = True, grad: bool = False, **settings: Any) -> Prompt:
+    def question(self, row) -> torch.Tensor | None:
+        """The question of a row in chunks `(chunks, 77)`, `None` for a family without."""
+        if self.clip is None:
+            return None
+        inputs = self.family.inputs([row])
+        chunks = inputs["query_input_ids"].unflatten(1, (-1, 77))[0]
+        return chunks[inputs["query_attention_mask"].unflatten(1, (-1, 77))[0].any(-1)]
+
+    def compress(self, row, query: bool = True, grad: bool = False, questions=None, **settings: Any) -> Prompt:
         """
         The row of ids and items under the model's config with `settings`; `query=False`: no question; `grad=True`:
-        with autograd through everything but the selection and the weights of Refine.
+        with autograd through everything but the selection and the weights of Refine; `questions`: one for each item,
+        in place of the row's own.
         """
         with torch.set_grad_enabled(grad):
             fsr = self.config.fsr_config.override(**settings)
             inputs = self.family.inputs([row])
-            chunks = None
-            if query and self.clip is not None:
-                chunks = inputs["query_input_ids"].unflatten(1, (-1, 77))[0]
-                chunks = chunks[inputs["query_attention_mask"].unflatten(1, (-1, 77))[0].any(-1)]
+            chunks = self.question(row) if query else None
             embed = self.reference.get_input_embeddings()
             embeds, columns, visual, selections, ids = [], [], [], [], []
             for part in row:
@@ -214,6 +221,8 @@ class Oracle:
                     visual.append(False)
                     ids.append(part)
                     continue
+                if questions is not None:
+                    chunks = questions[len(selections)]
                 layout = self.family.layout(self.reference, part, self.clip, chunks)
                 selection = select_item(layout, fsr) if fsr.enabled else None
                 selections.append(selection)
@@ -221,9 +230,6 @@ class Oracle:
                     tokens = dict(enumerate(layout.run))
                 else:
                     tokens = dict(selection.features)
-                    if fsr.newline == "keep":
-                        rows = layout.newlines.items()
-                        tokens |= {line: layout.run[line] for line, members in rows if {*members} & {*tokens}}
                 placeholders = [i for i, token in enumerate(part.token_ids) if token in self.family.placeholder_ids]
                 assert len(placeholders) == part.length == len(layout.run)
                 for i, token in enumerate(part.token_ids):

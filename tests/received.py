@@ -1,13 +1,13 @@
 """
-Attention received in Qwen2.5-VL's vision tower, from the maps that its eager implementation computes, and the order of
-its windows, written out in loops.
+Attention received, from whole maps: of queries and keys, and in Qwen2.5-VL's vision tower by its eager implementation;
+and the order of its windows, written out in loops.
 """
 
 import torch
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 
-__all__ = ["attention_maps", "received_attention", "window_order"]
+__all__ = ["attention_maps", "queries_and_keys", "received_attention", "received_by_maps", "window_order"]
 
 
 @torch.no_grad()
@@ -61,3 +61,21 @@ def received_attention(tower, pixels: torch.Tensor, grid: torch.Tensor, block: i
         for patch in range(place * merge**2, (place + 1) * merge**2):
             tokens[token] += received[patch] / merge**2
     return tokens.float()
+
+
+def queries_and_keys(
+    tokens: int, heads: int = 3, head_dim: int = 8, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key = torch.randn(2, tokens, heads, head_dim, generator=torch.Generator().manual_seed(seed)) * 2
+    return query, key
+
+
+def received_by_maps(query: torch.Tensor, key: torch.Tensor, lengths: list[int], scale: float) -> torch.Tensor:
+    """Whole maps in float64, averaged over heads and over the queries of the segment."""
+    received, start = [], 0
+    for length in lengths:
+        segment = slice(start, start + length)
+        maps = torch.einsum("qhd,khd->hqk", query[segment].double(), key[segment].double()) * scale
+        received.append(maps.softmax(-1).mean((0, 1)))
+        start += length
+    return torch.cat(received)

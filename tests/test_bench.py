@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from fsr_hf import bench, select_visual_tokens
 from fsr_hf.bench import Method, StageClock, measure, parse_budgets, parse_size, random_selection, run_bench
 from fsr_hf.cli import app
-from fsr_hf.demo.small_families import SMALL_FAMILIES, export_small_model
 from fsr_hf.modeling import clip_tower, fsr, pools
+from fsr_hf.testing.small_families import SMALL_FAMILIES, export_small_model
 
 
 # Placeholders and candidates of a picture of 672 x 672 pixels, or a video of 4 frames, in each family: a view has

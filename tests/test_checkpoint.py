@@ -1,21 +1,39 @@
 """The trained LLaVA that comes with the package: right answers, in every way in which a model is used."""
 
 import copy
-import subprocess
-import sys
+import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from isolated import run_isolated
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from typer.testing import CliRunner
 
+from examples.shapes_vqa.checkpoint import keep_data
 from examples.shapes_vqa.data import ask_questions, held_out_questions, make_scene
+from fsr_hf.cli import app
 from fsr_hf.demo.shapes_vqa import shapes_vqa_folder
+from fsr_hf.hub.card_checks import check_card
+from fsr_hf.hub.verify import check_loads, verify
 
 
+ROOT = Path(__file__).parents[1]
 FOLDER = shapes_vqa_folder()
+SETTINGS = {
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "query_tokenizer/tokenizer.json",
+    "query_tokenizer/tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 COUNT = 100
 
 
@@ -56,17 +74,67 @@ def accuracy(answers, examples) -> float:
     return sum(answer == question.answer for answer, (_, question) in zip(answers, examples)) / len(examples)
 
 
-def test_the_folder_is_what_an_export_makes():
-    """Small, whole, and with the code of this version."""
-    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) <= 15_000_000
-    command = [sys.executable, "-m", "fsr_hf.cli", "verify", str(FOLDER)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    measured = Path(__file__).parents[1] / "docs" / "quality.json"
-    assert (FOLDER / "quality.json").read_bytes() == measured.read_bytes()
-    model = AutoModelForImageTextToText.from_pretrained(FOLDER)
+def files_of(folder: Path) -> set[str]:
+    return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_the_folder_holds_data_alone():
+    """Weights and settings that the package's classes load. The package has the code, docs/ the results."""
+    files = files_of(FOLDER)
+    weights = {name for name in files if ".safetensors" in name}
+    assert weights
+    assert files - weights == SETTINGS | {"README.md"}
+    assert sum((FOLDER / name).stat().st_size for name in files) <= 15_000_000
+    for file in FOLDER.rglob("*.json"):
+        assert "auto_map" not in json.loads(file.read_text())
+    model, info = AutoModelForImageTextToText.from_pretrained(FOLDER, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.dtype == torch.bfloat16
     assert model.config.fsr_config.num_visual_tokens == model.config.image_seq_length // 9
+
+
+def test_the_readme_loads_it(monkeypatch):
+    text = (FOLDER / "README.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    monkeypatch.chdir(ROOT)
+    exec(block, names)
+    assert names["model"].config.model_type == "fsr_llava"
+    text_config = names["model"].config.fsr_config.text_encoder_config
+    assert names["processor"].query_tokenizer.vocab_size == text_config.vocab_size
+
+
+def test_an_export_adds_the_code(tmp_path):
+    """A Hub folder that loads without the package, and the way back: the data of it that git keeps."""
+    command = re.search(r"^fsr-hf (export .*)$", (FOLDER / "README.md").read_text(), flags=re.MULTILINE)[1]
+    arguments = command.replace("checkpoints/shapes-vqa", str(FOLDER)).replace(" shapes-vqa-fsr", f" {tmp_path}/fsr")
+    result = CliRunner().invoke(app, arguments.split())
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "fsr"
+    assert verify(folder) == [] and check_loads(folder) == []
+    assert "# Shapes-VQA with FSR" in (folder / "README.md").read_text()
+    assert check_card((folder / "README.md").read_text(), folder) == []
+    script = f"""
+import sys
+sys.modules["fsr_hf"] = None
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained({str(folder)!r}, trust_remote_code=True)
+print(type(model).__name__, type(processor).__name__, type(processor.query_tokenizer).__name__)
+"""
+    assert run_isolated("-c", script, home=tmp_path).split() == [
+        "FSRLlavaForConditionalGeneration",
+        "FSRLlavaProcessor",
+        "CLIPTokenizer",
+    ]
+
+    keep_data(folder, tmp_path / "kept")
+    assert files_of(tmp_path / "kept") == SETTINGS | {"model.safetensors"}
+    kept = load_file(tmp_path / "kept" / "model.safetensors")
+    original = {name: tensor for file in FOLDER.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert kept.keys() == original.keys() and all(torch.equal(kept[name], original[name]) for name in kept)
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((tmp_path / "kept" / name).read_text())
 
 
 def test_accuracy_at_budgets(model, processor, questions):

@@ -14,20 +14,10 @@ from fsr_hf import export
 from fsr_hf.cli import app
 from fsr_hf.demo.run import PICTURES, run_demo
 from fsr_hf.demo.shapes_vqa import shapes_vqa_folder
-from fsr_hf.demo.small_llava import SmallLlava, save_small_llava
 from fsr_hf.hub.families import FAMILIES
+from fsr_hf.testing.small_llava import TINY, save_small_llava
 
 
-TINY = SmallLlava(
-    hidden_size=64,
-    num_layers=2,
-    vision_hidden_size=64,
-    vision_num_layers=3,
-    text_hidden_size=32,
-    text_num_layers=2,
-    projection_dim=16,
-    head_dim=32,
-)
 QUESTION = "Which colour is it?"
 PATCHES, PATCH = 24, 14
 

@@ -13,8 +13,8 @@ from PIL import Image
 from transformers import CLIPImageProcessor, LlavaNextImageProcessor, Qwen2VLImageProcessor
 
 from fsr_hf import VisualSelection
-from fsr_hf.demo.small_families import export_small_model
 from fsr_hf.explain import Explanation, _pixels_seen, explain, load_fsr_model, load_visual
+from fsr_hf.testing.small_families import export_small_model
 
 
 def noise(height, width):

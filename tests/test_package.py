@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -9,6 +10,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import fsr_hf
 
@@ -74,7 +78,7 @@ def test_wheel_holds_every_module(wheel):
         metadata = f"fsr_hf-{fsr_hf.__version__}.dist-info"
         assert "fsr-hf = fsr_hf.cli:app" in archive.read(f"{metadata}/entry_points.txt").decode()
     assert {path.relative_to(ROOT.parent).as_posix() for path in ROOT.rglob("*.py")} <= names
-    assert f"{metadata}/licenses/LICENSE" in names
+    assert {f"{metadata}/licenses/LICENSE", "fsr_hf/py.typed"} <= names
     assert not [name for name in names if not name.startswith(("fsr_hf/", metadata))]
 
 
@@ -107,3 +111,71 @@ def test_an_editable_install_is_this_folder(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         (pointer,) = [name for name in archive.namelist() if name.endswith(".pth")]
         assert archive.read(pointer).decode().split() == [str(ROOT.parent)]
+
+
+@pytest.fixture(scope="module")
+def project():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    return tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def tested():
+    """The pinned requirements, `make pin`."""
+    lines = (ROOT.parent / "requirements/tested.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line.partition("#")[0]) for line in lines if line.partition("#")[0].strip()]
+
+
+def test_every_python_has_one_pin_of_each_requirement(project, tested):
+    extras = project["optional-dependencies"]
+    names = [
+        *project["dependencies"],
+        *(line for extra in ("bench", "dev", "peft", "video") for line in extras[extra]),
+    ]
+    required = [Requirement(name) for name in names if not name.startswith("fsr-hf")]
+    pythons = [line.rpartition(" ")[2] for line in project["classifiers"] if re.search(r":: 3\.\d+$", line)]
+    assert len(pythons) >= 4
+    for python in pythons:
+        for machine in ("x86_64", "aarch64"):
+            environment = {
+                "python_version": python,
+                "python_full_version": f"{python}.0",
+                "platform_machine": machine,
+                "sys_platform": "linux",
+                "platform_system": "Linux",
+            }
+            for requirement in required:
+                if requirement.marker and not requirement.marker.evaluate(environment):
+                    continue
+                pins = [
+                    str(pin.specifier).removeprefix("==")
+                    for pin in tested
+                    if pin.name == requirement.name.replace("_", "-")
+                    and (pin.marker is None or pin.marker.evaluate(environment))
+                ]
+                assert len(pins) == 1 and pins[0] in requirement.specifier, (python, machine, requirement, pins)
+
+
+def test_one_range_of_transformers(project, tested):
+    """In the metadata, the Makefile, the pinned versions and the change log."""
+    (required,) = (line for line in project["dependencies"] if line.startswith("transformers"))
+    floor = re.search(r">=(\d+\.\d+),", required).group(1)
+    newest = max(Version(str(pin.specifier)[2:]) for pin in tested if pin.name == "transformers")
+    makefile = (ROOT.parent / "Makefile").read_text(encoding="utf-8")
+    changes = (ROOT.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+    row = re.search(r"^\| (\d.*?) \| (.*?) to (.*?) \| `(.*?)` \|$", changes, flags=re.MULTILINE)
+    assert f"\nFLOOR := {floor}.0\n" in makefile
+    assert row.group(2, 3, 4) == (floor, f"{newest.major}.{newest.minor}", required.removeprefix("transformers"))
+    assert f"\n## {row.group(1)}" in changes
+
+
+def test_workflows_call_targets_that_exist():
+    makefile = (ROOT.parent / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([\w-]+):", makefile, flags=re.MULTILINE))
+    for file in (ROOT.parent / ".github/workflows").glob("*.yml"):
+        (job,) = yaml.safe_load(file.read_text(encoding="utf-8"))["jobs"].values()
+        called = [row["target"] for row in job["strategy"]["matrix"]["include"] if "target" in row]
+        called += re.findall(r"make ([\w-]+)", str(job["steps"]))
+        assert called and set(called) <= targets, file
+    run = (ROOT.parent / ".ci/run").read_text(encoding="utf-8")
+    assert set(re.search(r"for target in (.*);", run).group(1).split()) <= targets

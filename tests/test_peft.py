@@ -2,13 +2,11 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from families import FAMILIES, models
+from isolated import run_isolated
 from peft import (
     LoraConfig,
     PeftModel,
@@ -299,17 +297,7 @@ def test_adapter_in_a_process_without_the_package(tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     inputs = family.inputs(family.rows())
     torch.save(inputs, tmp_path / "inputs.pt")
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", CLEAN_PROCESS, str(tmp_path)],
-        env={**os.environ, "HF_HOME": str(tmp_path / "cache")},
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    report = json.loads(done.stdout.partition("REPORT")[2])
+    report = json.loads(run_isolated("-c", CLEAN_PROCESS, tmp_path, home=tmp_path).partition("REPORT")[2])
     tokens = generate(adapted, inputs)[0].tolist()
     assert report == {"peft": tokens, "merged": tokens, "auto": tokens, "modules": []}
 

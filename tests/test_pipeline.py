@@ -1,19 +1,18 @@
 """`pipeline("image-text-to-text")`: prunes, and answers what `generate()` answers row by row."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from families import initialize
+from isolated import run_isolated
 from PIL import Image
-from processing.tiny_tokenizers import LLAVA_TEMPLATE, clip_image_processor, clip_tokenizer, llama_tokenizer
+from processing.tiny_tokenizers import clip_image_processor, clip_tokenizer, llama_tokenizer
 from transformers import LlavaProcessor, pipeline
 
 from fsr_hf import FSRLlavaConfig, FSRLlavaForConditionalGeneration, FSRLlavaProcessor
+from fsr_hf.testing.chat_templates import LLAVA_TEMPLATE
 
 
 PATCHES = 36  # of an image of 42 x 42 pixels
@@ -320,18 +319,9 @@ def test_from_a_folder(pipe, model, processor, images, tmp_path):
     for number, image in enumerate(images):
         image.save(tmp_path / f"{number}.png")
     arguments = json.dumps([[chat(None, SHORT), chat(None, LONG)], texts, settings()])
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", CLEAN_PROCESS, str(tmp_path), arguments],
-        env={**os.environ, "HF_HOME": str(tmp_path / "cache")},
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    output = run_isolated("-c", CLEAN_PROCESS, tmp_path, arguments, home=tmp_path)
     longest = encode_chat(processor, chats[1])["input_ids"].shape[1] - PATCHES + 6
-    assert json.loads(done.stdout.partition("REPORT")[2]) == {
+    assert json.loads(output.partition("REPORT")[2]) == {
         "chat": [record[0]["generated_text"] for record in expected],
         "text": [record["generated_text"] for record in pipe(images=images, text=texts, **settings())],
         "longest": longest,

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from fsr_hf.demo.small_llava import clip_config
+from fsr_hf.testing.small_llava import clip_config
 
 from .data import HELD_OUT_PAIRS, Object, caption, common_area
 from .optimizer import MasterAdamW, train

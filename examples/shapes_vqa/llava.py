@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 from transformers import CLIPModel, LlamaTokenizer, LlavaForConditionalGeneration
 
-from fsr_hf.demo.small_llava import llava_config
+from fsr_hf.testing.small_llava import llava_config
 
 from .clip import pixel_values
 from .data import KINDS, Question, ask_questions

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fsr_hf.demo.small_llava import SmallLlava
+from fsr_hf.testing.small_llava import SmallLlava
 
 
 __all__ = ["RECIPES", "Recipe"]

@@ -18,8 +18,8 @@ import torch
 from transformers import CLIPModel, CLIPTokenizer, GenerationConfig, LlamaTokenizer, LlavaForConditionalGeneration
 
 from fsr_hf import export
-from fsr_hf.demo.small_llava import clip_image_processor, llava_processor
 from fsr_hf.machine import machine_name, package_versions
+from fsr_hf.testing.small_llava import clip_image_processor, llava_processor
 
 from .clip import train_clip
 from .llava import train_llava

@@ -6,7 +6,7 @@ from itertools import pairwise
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer, LlamaTokenizer
 
-from fsr_hf.demo.small_llava import word_tokenizer
+from fsr_hf.testing.small_tokenizers import word_tokenizer
 
 from .data import words
 

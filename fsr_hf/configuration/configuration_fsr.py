@@ -13,7 +13,7 @@ __all__ = ["FSRConfig", "FSRConfigMixin", "check_fsr_value"]
 def _is_number(value: Any, kind: type = float) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
         return False
-    return math.isfinite(value)
+    return -math.inf < value < math.inf  # False for NaN; `math.isfinite` cannot be traced by torch.compile
 
 
 def _one_of(*allowed: Any):
@@ -28,6 +28,7 @@ _RULES = {
     "alpha": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
     "beta": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
     "rho": (lambda v: _is_number(v) and 0 < v <= 1, "a number in (0, 1]"),
+    "focus_limit": (lambda v: _is_number(v) and 0 < v <= 1, "a number in (0, 1]"),
     "kappa": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
     "focus_mass": (_one_of("all", "budget"), '"all" or "budget"'),
     "relevance": (_one_of("clip", "none", None), '"clip", "none" or None'),
@@ -37,9 +38,10 @@ _RULES = {
         "a CLIPTextConfig, its dict, or None",
     ),
     "pool": (_one_of("view", "item", None), '"view", "item", or None for the family\'s default'),
-    "newline": (_one_of("drop", "keep", None), '"drop", "keep", or None for the family\'s default'),
     "positions": (_one_of("compact", "original", None), '"compact", "original", or None for the family\'s default'),
 }
+# Fields of older configs, and what is in their place.
+_REMOVED = {"newline": "newline tokens of a pruned image or video are always dropped, as its default did"}
 _BUDGETS = ("num_visual_tokens", "retention_ratio")
 _BOTH_BUDGETS = (
     "`num_visual_tokens={}` and `retention_ratio={}` are both set, but a budget is either a number of tokens or a "
@@ -79,6 +81,8 @@ class FSRConfig(PreTrainedConfig):
             Exponent of saliency in the priority of a token (Eq. 3).
         rho (`float`, *optional*, defaults to 0.9):
             Share of the priority mass that the Focus tokens must hold, in (0, 1] (Eq. 4).
+        focus_limit (`float`, *optional*, defaults to 0.5):
+            Largest share of the budget that the Focus tokens fill, in (0, 1].
         kappa (`float`, *optional*, defaults to 1.0):
             How many dropped tokens are merged, as a multiple of the number of Scan tokens (Refine).
         focus_mass (`str`, *optional*, defaults to `"all"`):
@@ -95,9 +99,6 @@ class FSRConfig(PreTrainedConfig):
         pool (`str`, *optional*):
             Which tokens compete with each other: those of a `"view"` (a tile, a frame) or of a whole `"item"` (an
             image, a video). `None` is the family's default.
-        newline (`str`, *optional*):
-            What becomes of newline tokens: `"drop"`, or `"keep"` one after each row that still holds a token, on top
-            of the budget. `None` is the family's default.
         positions (`str`, *optional*):
             Positions of the kept tokens: `"compact"` (the prompt closes up) or `"original"` (as in the full prompt).
             `None` is the family's default.
@@ -124,13 +125,13 @@ class FSRConfig(PreTrainedConfig):
     alpha: float | int = 3.0
     beta: float | int = 1.0
     rho: float | int = 0.9
+    focus_limit: float | int = 0.5
     kappa: float | int = 1.0
     focus_mass: str = "all"
     relevance: str | None = None
     invert_relevance: bool = True
     text_encoder_config: Any = None  # `__setattr__` makes a CLIPTextConfig of a dict
     pool: str | None = None
-    newline: str | None = None
     positions: str | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -157,6 +158,9 @@ class FSRConfig(PreTrainedConfig):
         # What `PreTrainedConfig` itself reads or writes; anything else is a typo.
         known = {"_commit_hash", "_name_or_path", "name_or_path", "attn_implementation", "model_type", "torch_dtype"}
         unknown = set(kwargs) - known
+        if removed := sorted(unknown & _REMOVED.keys()):
+            reasons = "; ".join(f"`{name}={kwargs[name]!r}`: {_REMOVED[name]}" for name in removed)
+            raise ValueError(f"FSRConfig has this field no more: {reasons}. Take it out of `fsr_config`.")
         if unknown:
             raise ValueError(
                 f"FSRConfig has no field {', '.join(f'`{name}={kwargs[name]!r}`' for name in sorted(unknown))}. "
@@ -220,10 +224,8 @@ class FSRConfigMixin:
     fsr_defaults: ClassVar[dict[str, Any]] = {}
     # What is no prediction to Trainer, so that it gathers logits alone, whether a batch was pruned or not.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
-        "past_key_values",
-        "image_hidden_states",
-        "video_hidden_states",
-        "rope_deltas",
+        *("cache", "past_key_values", "rope_deltas"),
+        *("image_outputs", "video_outputs", "image_hidden_states", "video_hidden_states"),
     ]
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -34,7 +34,6 @@ class FSRLlavaConfig(RemoteCodeMixin, FSRConfigMixin, LlavaConfig):
     fsr_defaults: ClassVar[dict] = {
         "num_visual_tokens": 128,
         "pool": "item",
-        "newline": "drop",
         "positions": "compact",
     }
 

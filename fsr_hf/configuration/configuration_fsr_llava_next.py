@@ -35,7 +35,6 @@ class FSRLlavaNextConfig(RemoteCodeMixin, FSRConfigMixin, LlavaNextConfig):
     fsr_defaults: ClassVar[dict] = {
         "retention_ratio": 1 / 9,
         "pool": "view",
-        "newline": "drop",
         "positions": "compact",
     }
 

@@ -79,7 +79,6 @@ class FSRLlavaVideoConfig(RemoteCodeMixin, FSRConfigMixin, LlavaOnevisionConfig)
         "retention_ratio": 0.2,
         "relevance": "none",
         "pool": "item",
-        "newline": "drop",
         "positions": "compact",
     }
 

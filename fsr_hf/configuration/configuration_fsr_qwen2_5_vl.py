@@ -19,7 +19,7 @@ class FSRQwen2_5_VLConfig(RemoteCodeMixin, FSRConfigMixin, Qwen2_5_VLConfig):
     Args:
         fsr_config (`FSRConfig` or `dict`, *optional*):
             The hyper-parameters of the pruning. All other arguments are those of [`Qwen2_5_VLConfig`]. Here a `"view"`
-            is a temporal slice of a video (two frames), and there are no newlines. `positions="compact"` numbers what
+            is a temporal slice of a video (two frames). `positions="compact"` numbers what
             is left of the prompt one by one, visual tokens as if they were text. `relevance="clip"` is refused: this
             vision tower comes from no CLIP, so there is no text encoder that a question could be compared in.
 
@@ -39,7 +39,6 @@ class FSRQwen2_5_VLConfig(RemoteCodeMixin, FSRConfigMixin, Qwen2_5_VLConfig):
         "retention_ratio": 0.5,
         "relevance": "none",
         "pool": "item",
-        "newline": "drop",
         "positions": "original",
     }
 

@@ -1,1 +1,1 @@
-"""What `fsr-hf demo` runs: a small LLaVA from nothing, and the comparison of pruned with unpruned answers."""
+"""What `fsr-hf demo` runs: the comparison of pruned with unpruned answers."""

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from ..explain import check_fsr_model
+from ..hub.export import export
 from ..machine import machine_name
 from .shapes_vqa import shapes_vqa_folder
 
@@ -40,7 +41,8 @@ def run_demo(
 
     Args:
         model (`str`, *optional*):
-            A folder or a Hub id. By default the small LLaVA that comes with the package, trained on such pictures.
+            A folder or a Hub id. By default an export of the small LLaVA that comes with the package, trained on such
+            pictures.
         device (`str`, *optional*):
             By default a GPU if there is one.
         max_new_tokens (`int`, *optional*, defaults to 8):
@@ -66,8 +68,9 @@ def run_demo(
         environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
         if model is None:
             environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "home")}  # no network, and no traces
+            export(shapes_vqa_folder(), root / "shapes-vqa-fsr", progress=False)
         request = {
-            "folder": str(model or shapes_vqa_folder()),
+            "folder": str(model or root / "shapes-vqa-fsr"),
             "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
             "questions": [[str(PICTURES / entry["image"]), entry["question"]] for entry in questions],
             "max_new_tokens": max_new_tokens,

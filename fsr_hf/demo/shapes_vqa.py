@@ -9,5 +9,5 @@ __all__ = ["shapes_vqa_folder"]
 
 
 def shapes_vqa_folder() -> Path:
-    """Its Hub folder."""
+    """Its weights, config, tokenizers and processor; the package has the code, and `export` puts both together."""
     return data_folder("checkpoints") / "shapes-vqa"

@@ -13,7 +13,6 @@ from functools import cache
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urljoin
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -21,8 +20,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from packaging.requirements import Requirement
 
-from .. import __version__
 from ..package_data import data_folder
+from ..version import __version__
 from .files import find_file
 
 
@@ -149,7 +148,7 @@ def render_card(
     measured = facts.get("measured", [])
     if measured:
         metadata["model_name"] = repo_id.rpartition("/")[2]
-        metadata["eval_results"] = _eval_results(measured, family["pipeline_tag"], repo_id, revision)
+        metadata["eval_results"] = _eval_results(measured, family["pipeline_tag"])
     card = ModelCardData(
         base_model=base_model,
         base_model_relation="finetune" if base_model else None,
@@ -259,7 +258,6 @@ def address_card(folder: str | os.PathLike, repo_id: str, revision: str) -> None
     if place is not None:
         text = text.replace(place[0], f'repo, revision = "{repo_id}", "{revision}"')
         text = text.replace(f'push_to_hub("{place[2]}/', f'push_to_hub("{repo_id.partition("/")[0]}/')
-        text = text.replace(f"/{place[1]}/blob/{place[3]}/", f"/{repo_id}/blob/{revision}/")
         file.write_text(text, encoding="utf-8")
 
 
@@ -341,10 +339,10 @@ def _measured_table(measured: Sequence[Mapping[str, Any]], item: str) -> str | N
     return markdown_table(header, rows)
 
 
-def _eval_results(measured: Sequence[Mapping[str, Any]], task: str, repo_id: str, revision: str) -> list[EvalResult]:
+def _eval_results(measured: Sequence[Mapping[str, Any]], task: str) -> list[EvalResult]:
     """
     Our own measurements for the Hub's table of results. The paper's numbers are not among them: they come from other
-    code, and that table has no column to say so. A source may be a file of the repository.
+    code, and that table has no column to say so.
     """
     return [
         EvalResult(
@@ -355,7 +353,7 @@ def _eval_results(measured: Sequence[Mapping[str, Any]], task: str, repo_id: str
             metric_name=f"{entry['metric']['name']} ({_budget_of(result)})",
             metric_value=result["value"],
             source_name=entry["source"]["name"],
-            source_url=urljoin(f"https://huggingface.co/{repo_id}/blob/{revision}/", entry["source"]["url"]),
+            source_url=entry["source"]["url"],
         )
         for entry in measured
         for result in entry["pruned"]

@@ -270,7 +270,8 @@ def _copy_files(folder: Path, names: list[str], staging: Path) -> None:
 
 def _write_processor(family: Family, clip: Clip | None, staging: Path) -> None:
     """Makes the processor in `staging` the family's, where it has one, with CLIP's tokenizer if it needs that."""
-    if family.processor is None or (family.takes_text_encoder and clip is None):
+    has_query = clip is not None or (staging / "query_tokenizer").is_dir()
+    if family.processor is None or (family.takes_text_encoder and not has_query):
         return
     if clip is not None:
         with _named(clip.folder, "its tokenizer does not load"):

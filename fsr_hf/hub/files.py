@@ -24,10 +24,7 @@ _READ_BY_LOADERS = (
     *("generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
 )
 # ... and what is written for people.
-_READ_BY_PEOPLE = (
-    *("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt", "USE_POLICY.md"),
-    "quality.json",  # measured numbers that a card names as its source
-)
+_READ_BY_PEOPLE = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt", "USE_POLICY.md")
 _COUNTS = ("depth", "num_hidden_layers")
 _SIZES = (
     *_COUNTS,

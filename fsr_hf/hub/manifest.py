@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import __version__
+from ..version import __version__
 from .files import is_known, read_json
 
 

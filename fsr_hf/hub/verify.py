@@ -13,7 +13,7 @@ from huggingface_hub.hf_api import RepoFile
 from transformers import AutoProcessor, GenerationConfig
 from transformers.utils import logging
 
-from .. import __version__
+from ..version import __version__
 from .families import FAMILIES, Family
 from .files import check_sizes, foreign_code, read_json
 from .flatten import flat_files

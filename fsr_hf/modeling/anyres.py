@@ -3,7 +3,7 @@
 import torch
 
 
-__all__ = ["check_views", "list_sizes", "newlines_of_rows"]
+__all__ = ["check_views", "list_sizes", "split_views", "take_views"]
 
 
 def list_sizes(image_sizes) -> list[list[int]]:
@@ -41,13 +41,20 @@ def check_views(pixel_values: torch.Tensor, num_views: list[int]) -> None:
         )
 
 
-def newlines_of_rows(is_newline: torch.Tensor, first: int = 0) -> torch.Tensor:
+def split_views(view: torch.Tensor, is_newline: torch.Tensor) -> list[torch.Tensor]:
     """
-    The place of the newline that ends the row of each placeholder, `(placeholders,)`: the next one, and -1 for the
-    `first` placeholders, whose rows have none.
+    The pools of an image or a video: of each view that has any, its placeholders.
+
+    Args:
+        view (`torch.LongTensor` of shape `(placeholders,)`), is_newline (`torch.BoolTensor`, same shape):
+            View of each placeholder, and which of them are newlines, in no pool.
     """
-    ends = is_newline.nonzero()[:, 0]
-    newlines = torch.full_like(is_newline, -1, dtype=torch.long)
-    if len(ends):
-        newlines[first:] = ends[torch.searchsorted(ends, torch.arange(first, len(is_newline)))]
-    return newlines
+    return [((view == v) & ~is_newline).nonzero()[:, 0] for v in view[~is_newline].unique().tolist()]
+
+
+def take_views(pixel_values: torch.Tensor, num_views: list[int], images: list[int]) -> torch.Tensor:
+    """The pixels of some images: `(images, views, ...)`, or all views in one `(views, ...)`."""
+    if pixel_values.ndim == 5:
+        return pixel_values[images]
+    parts = pixel_values.split(num_views)
+    return torch.cat([parts[image] for image in images]) if images else pixel_values[:0]

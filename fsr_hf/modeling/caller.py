@@ -17,11 +17,13 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from .guards import VERSION
 
-__all__ = ["CallerView"]
 
-# They give the same on the compressed prompt, which has the same ids, each at least once, and the same end. They keep
-# their class: `generate` puts one from the caller in the place of its own of that class.
+__all__ = ["FullPromptView"]
+
+# Same result on the compressed prompt, which has the same ids, each at least once, and the same end; so not wrapped.
+# Wrapping would also hide the class by which `generate` finds its default.
 _SAME_ON_BOTH = (
     EosTokenCriteria,
     MaxTimeCriteria,
@@ -30,7 +32,7 @@ _SAME_ON_BOTH = (
 )
 
 
-class CallerView:
+class FullPromptView:
     """
     The caller's prompt in place of the compressed one, for everything that looks at ids.
 
@@ -55,19 +57,20 @@ class CallerView:
     def wrap(self, arguments: dict[str, Any], options: GenerationConfig) -> dict[str, Any]:
         """The caller's callbacks, each behind this view."""
         arguments = dict(arguments)
-        if arguments["logits_processor"] is not None:
+        if arguments.get("logits_processor") is not None:
             processors = [self._wrap_processor(processor) for processor in arguments["logits_processor"]]
             arguments["logits_processor"] = LogitsProcessorList(processors)
-        if arguments["stopping_criteria"] is not None:
+        if arguments.get("stopping_criteria") is not None:
             criteria = [self._wrap_criterion(criterion) for criterion in arguments["stopping_criteria"]]
             arguments["stopping_criteria"] = StoppingCriteriaList(criteria)
-        if (allowed_tokens := arguments["prefix_allowed_tokens_fn"]) is not None:
-            # Beams of a row share its number; returned sequences without beams are numbered one by one.
-            copies = options.num_return_sequences if options.num_beams in (None, 1) else 1
+        if (allowed_tokens := arguments.get("prefix_allowed_tokens_fn")) is not None:
+            # Beams of a row share its number; other returned sequences do so from 5.24 on.
+            is_numbered_apart = VERSION < (5, 24) and options.num_beams in (None, 1)
+            copies = options.num_return_sequences if is_numbered_apart else 1
             arguments["prefix_allowed_tokens_fn"] = lambda row, ids: allowed_tokens(
                 row, self._restore_row(ids, row // (copies or 1))
             )
-        if arguments["streamer"] is not None:
+        if arguments.get("streamer") is not None:
             arguments["streamer"] = _CallerStreamer(self, arguments["streamer"])
         return arguments
 
@@ -89,7 +92,7 @@ class CallerView:
 
 
 class _CallerLogitsProcessor(LogitsProcessor):
-    def __init__(self, view: CallerView, processor: LogitsProcessor):
+    def __init__(self, view: FullPromptView, processor: LogitsProcessor):
         self.view = view
         self.processor = processor
 
@@ -98,7 +101,7 @@ class _CallerLogitsProcessor(LogitsProcessor):
 
 
 class _CallerStoppingCriteria(StoppingCriteria):
-    def __init__(self, view: CallerView, criterion: StoppingCriteria):
+    def __init__(self, view: FullPromptView, criterion: StoppingCriteria):
         self.view = view
         self.criterion = criterion
         if hasattr(criterion, "eos_token_id"):  # `generate` pads finished rows if a criterion has it
@@ -109,7 +112,7 @@ class _CallerStoppingCriteria(StoppingCriteria):
 
 
 class _CallerStreamer(BaseStreamer):
-    def __init__(self, view: CallerView, streamer: BaseStreamer):
+    def __init__(self, view: FullPromptView, streamer: BaseStreamer):
         self.view = view
         self.streamer = streamer
         self.is_prompt = True

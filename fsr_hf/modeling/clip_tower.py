@@ -3,28 +3,26 @@
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
-from .generation import FSRGenerationMixin
+from .compression import FSRModelMixin
 from .relevance import CLIPRelevance
-from .saliency import cls_attention
+from .saliency import cls_attention, resolve_feature_layer
 
 
-__all__ = ["CLIPTowerMixin"]
+__all__ = ["CLIPTowerMixin", "resolve_clip_layer"]
 
 
-class CLIPTowerMixin(FSRGenerationMixin):
+class CLIPTowerMixin(FSRModelMixin):
     """
     Saliency from the [CLS] row of the selected block, relevance from `text_encoder`, where the config describes one.
     """
 
     def __init__(self, config):
-        check_clip_tower(config, config.vision_feature_layer, config.vision_feature_select_strategy)
+        resolve_clip_layer(config)
         super().__init__(config)
         text_config = config.fsr_config.text_encoder_config
-        self.text_encoder: Any = None
         if text_config is not None:
-            self.text_encoder = CLIPRelevance(text_config, config.vision_config.hidden_size)
+            self.text_encoder: Any = CLIPRelevance(text_config, config.vision_config.hidden_size)
         elif config.fsr_config.relevance == "clip":
             raise ValueError(
                 '`fsr_config.relevance="clip"` needs a CLIP text encoder, but `fsr_config.text_encoder_config` is '
@@ -33,13 +31,7 @@ class CLIPTowerMixin(FSRGenerationMixin):
         self.post_init()
 
     def run_clip_tower(
-        self,
-        pixel_values: torch.Tensor,
-        rows: list[int],
-        query: torch.Tensor | None,
-        layer: int | None,
-        strategy,
-        **kwargs,
+        self, pixel_values: torch.Tensor, rows: list[int], query: torch.Tensor | None, layer, strategy, **kwargs
     ):
         """
         Run the stock `get_image_features` and score its patches.
@@ -60,10 +52,8 @@ class CLIPTowerMixin(FSRGenerationMixin):
             The stock output; saliency `(views, patches)`; and relevance `(views, patches)`, higher for what is more
             relevant, or `None` without a query.
         """
-        layer = self.config.vision_feature_layer if layer is None else layer
-        check_clip_tower(self.config, layer, strategy or "default")
-        tower = self.model.vision_tower
-        layer %= tower.config.num_hidden_layers + 1
+        layer = resolve_clip_layer(self.config, layer, strategy)
+        tower = self.vision_tower
         penultimate = tower.config.num_hidden_layers - 1
         outputs = self.get_image_features(
             pixel_values=pixel_values,
@@ -81,8 +71,11 @@ class CLIPTowerMixin(FSRGenerationMixin):
         return outputs, saliency, -relevance if self.config.fsr_config.invert_relevance else relevance
 
 
-def check_clip_tower(config: PreTrainedConfig, layer, strategy) -> None:
+def resolve_clip_layer(config: Any, layer: Any = None, strategy: str | None = None) -> int:
     """
+    The block, counted from 1, whose output becomes the features, in a call with this `vision_feature_layer` and
+    `vision_feature_select_strategy` (by default the config's).
+
     Raises:
         `ValueError`: for a tower or a choice of features that has no row of [CLS] over the tokens.
     """
@@ -92,13 +85,10 @@ def check_clip_tower(config: PreTrainedConfig, layer, strategy) -> None:
             f'`vision_config.model_type="{tower}"` is not supported: FSR reads saliency from the [CLS] token of a '
             'CLIP tower ("clip_vision_model") in this family.'
         )
-    if not isinstance(layer, int) or layer in (0, -1 - config.vision_config.num_hidden_layers):
-        raise ValueError(
-            f"`vision_feature_layer={layer!r}` is not supported: FSR needs one int that names the output of a block "
-            "(0 is that of none), since saliency is the attention of that block."
-        )
+    strategy = strategy or config.vision_feature_select_strategy
     if strategy != "default":
         raise ValueError(
             f'`vision_feature_select_strategy="{strategy}"` is not supported: with it [CLS] is one of the tokens, and '
             'FSR ranks patches by the attention of [CLS]. Use "default".'
         )
+    return resolve_feature_layer(config, layer)

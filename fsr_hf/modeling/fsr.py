@@ -1,19 +1,20 @@
 """Focus, Scan, Refine: which visual tokens to keep, and what the kept ones absorb.
 
 The method of "Focus-Scan-Refine: From Human Visual Perception to Efficient Visual Token Pruning" (arXiv 2602.05809),
-on tensors alone. Equations 1 and 2, saliency and relevance, depend on the model and are arguments here; equations 3 to
-9 follow below in the paper's order. Every shape is known before any value is, so nothing waits for the device and the
-whole batch is computed at once. Where the time goes, into equations 5 and 8, the CPU and NVIDIA's GPUs have code of
-their own, which selects the same.
+on tensors alone. Saliency and relevance (Eqs. 1 and 2) depend on the model and are arguments here; Eqs. 3 to 9 follow
+below in the paper's order. No shape depends on the values of a tensor, so the host never waits for the device, and all
+rows of the batch are computed at once. Eqs. 5 and 8 take most of the time: `host_scan` (CPU) and `scan_kernel` (NVIDIA
+GPUs) compute them faster and select the same tokens.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from .host_scan import is_on_host, scan_on_host
-from .scan_kernel import scan_on_gpu
-from .triton_launch import can_launch
+from ..configuration.configuration_fsr import check_fsr_value
+from .host_scan import can_scan_on_host, scan_on_host
+from .precision import without_autocast
+from .scan_kernel import can_scan_on_gpu, scan_on_gpu
 
 
 __all__ = ["VisualSelection", "select_visual_tokens"]
@@ -67,6 +68,7 @@ def select_visual_tokens(
     alpha: float = 3.0,
     beta: float = 1.0,
     rho: float = 0.9,
+    focus_limit: float = 0.5,
     kappa: float = 1.0,
     focus_mass: str = "all",
     max_num_visual_tokens: int | None = None,
@@ -100,6 +102,13 @@ def select_visual_tokens(
             Exponent of the saliency in the priority.
         rho (`float`, *optional*, defaults to 0.9):
             Share of the priority mass that the Focus tokens hold, in (0, 1].
+        focus_limit (`float`, *optional*, defaults to 0.5):
+            Largest share of a row's budget that the Focus tokens fill, in (0, 1]: at most
+            `max(1, floor(focus_limit * budget))` of them, where `budget` is at most the number of real tokens. The
+            paper does not say what happens when Eq. 4 asks for more tokens than the budget; this limit is this
+            package's decision. With 1.0 flat scores let Focus fill the budget: Scan and Refine then do nothing, and
+            the selection is the top tokens by priority. A half leaves Scan at least as many tokens as Focus takes,
+            and changes nothing in the paper's Figure 1, where Focus takes 9 and 15 tokens of 32.
         kappa (`float`, *optional*, defaults to 1.0):
             Tokens merged for each Scan anchor, on average; 0 turns Refine off.
         focus_mass (`str`, *optional*, defaults to `"all"`):
@@ -113,10 +122,12 @@ def select_visual_tokens(
         [`VisualSelection`] of width `min(num_visual_tokens, num_tokens)`.
 
     Raises:
-        ValueError: If a shape or dtype does not fit, a budget is below 1, or `focus_mass` is unknown. The values of
-            tensors are not checked.
+        ValueError: If an argument is outside its range (those of [`FSRConfig`]), a budget is no int of at least 1, or
+            a shape or dtype does not fit. The values of tensors are not checked.
     """
-    _check_arguments(features, saliency, relevance, num_visual_tokens, mask, focus_mass, max_num_visual_tokens)
+    _check_tensors(features, saliency, relevance, mask)
+    _check_budgets(features, num_visual_tokens, max_num_visual_tokens)
+    _check_settings(alpha=alpha, beta=beta, rho=rho, focus_limit=focus_limit, kappa=kappa, focus_mass=focus_mass)
     batch, num_tokens, _ = features.shape
     device = features.device
     if mask is None:
@@ -129,12 +140,10 @@ def select_visual_tokens(
         budgets = torch.full((batch,), width, device=device)
     budgets = torch.minimum(budgets, mask.sum(-1))
 
-    # Autocast would run the matrix products below in half precision. (It does not know the meta device.)
-    autocast_device = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
-    with torch.autocast(autocast_device, enabled=False):
+    with without_autocast(device):
         with torch.no_grad():
             priority = _priority(saliency, relevance, mask, alpha, beta)
-            focus, num_focus = _focus(priority, mask, budgets, width, rho, focus_mass)
+            focus, num_focus = _focus(priority, mask, budgets, width, rho, focus_limit, focus_mass)
             anchors, nearest, similarity = _scan(features, mask, focus, num_focus, budgets - num_focus)
             kept, source = torch.cat([focus, anchors], dim=1).sort(dim=1)
             kept, source = kept[:, :width], source[:, :width]
@@ -151,15 +160,15 @@ def select_visual_tokens(
 
 def _priority(saliency, relevance, mask, alpha, beta):
     """Eq. 3: the product of relevance and saliency, each min-max normalised over its pool. `(batch, num_tokens)`."""
-    priority = _min_max(saliency, mask) ** beta
+    priority = _power(_min_max(saliency, mask), beta)
     if relevance is not None:
-        priority = _min_max(relevance, mask) ** alpha * priority
+        priority = _power(_min_max(relevance, mask), alpha) * priority
     return priority.masked_fill(~mask, 0.0)
 
 
 def _min_max(scores, mask):
     """Scores of each pool on [0, 1]; a constant score is all ones, so that it drops out of the product."""
-    scores = scores.float()
+    scores = scores.float().contiguous()
     finite = scores.isfinite() & mask
     low = scores.masked_fill(~finite, torch.inf).amin(-1, keepdim=True)
     high = scores.masked_fill(~finite, -torch.inf).amax(-1, keepdim=True)
@@ -169,39 +178,59 @@ def _min_max(scores, mask):
     return normalized.masked_fill(span <= 0, 1.0)
 
 
-def _focus(priority, mask, budgets, width, rho, focus_mass):
+def _power(scores, exponent):
     """
-    Eq. 4: the fewest tokens of highest priority that hold the share `rho` of the mass, but no more than the budget.
+    `scores ** exponent`, the same for equal scores: each takes the power of the first of its equals in sorted order.
+    torch itself computes the elements that fill no vector register by another function, which may round differently.
+    """
+    if exponent in (0, 1, 2, 3):  # computed by products, which round alike everywhere
+        return scores**exponent
+    ordered = scores.sort(dim=-1).values
+    return (ordered**exponent).gather(-1, torch.searchsorted(ordered, scores))
 
-    Returns their positions by descending priority, `(batch, width)`, filled up with `num_tokens`; and their numbers,
-    `(batch,)`.
+
+def _focus(priority, mask, budgets, width, rho, focus_limit, focus_mass):
+    """
+    Eq. 4: the fewest tokens of highest priority that hold the share `rho` of the mass, up to the share `focus_limit`
+    of the budget.
+
+    Returns their positions by descending priority, `(batch, width)`, filled up with `num_tokens`; and how many there
+    are, `(batch,)`.
     """
     num_tokens = mask.shape[1]
     order = priority.masked_fill(~mask, -1.0).argsort(dim=-1, descending=True, stable=True)
-    # In float32 the sum can stop growing before the share is reached. MPS has no float64.
+    # In float32 the sum can stop growing before it reaches the share. MPS has no float64.
     dtype = torch.float32 if mask.device.type == "mps" else torch.float64
     mass = priority.gather(1, order).to(dtype).cumsum(-1)
     total = mass.gather(1, budgets[:, None].clamp(min=1) - 1) if focus_mass == "budget" else mass[:, -1:]
     counts = torch.arange(1, num_tokens + 1, device=mask.device)
     num_focus = counts.expand_as(mass).masked_fill(mass < rho * total, num_tokens).amin(-1)
-    num_focus = torch.minimum(num_focus, budgets)
+    limit = (focus_limit * budgets.to(dtype) + 1e-6).floor().clamp(min=1).to(budgets.dtype)
+    num_focus = torch.minimum(num_focus, torch.minimum(limit, budgets))
     return order[:, :width].masked_fill(counts[:width] > num_focus[:, None], num_tokens), num_focus
 
 
 def _scan(features, mask, focus, num_focus, num_anchors):
     """
-    Eq. 5: from the Focus tokens on, add again and again the token that is farthest from all that were chosen.
-
-    Greedy k-center with fixed centres, so the farthest token is at most twice as far from its nearest kept token as
-    in the best choice of anchors, in the metric sqrt(1 - cos) (Eqs. 6 and 7).
+    Eqs. 5 and 8, by the fastest code for the device. All of it selects the same tokens.
 
     Returns the positions of the anchors in the order of their choice, `(batch, width - 1)`, filled up with
-    `num_tokens`; and what [`_nearest_anchor`] does.
+    `num_tokens`; and for each token its nearest anchor and the cosine to it, as [`_nearest_anchor`] returns them.
     """
-    if can_launch(features):
+    if can_scan_on_gpu(features, _scan_with_torch):
         return scan_on_gpu(features, mask, focus, num_focus, num_anchors)
-    if is_on_host(features):
+    if can_scan_on_host(features):
         return scan_on_host(features, mask, focus, num_anchors)
+    return _scan_with_torch(features, mask, focus, num_focus, num_anchors)
+
+
+def _scan_with_torch(features, mask, focus, num_focus, num_anchors):
+    """
+    Eq. 5: starting from the Focus tokens, add one token after the other, each the farthest from all chosen so far.
+
+    This is greedy k-center with fixed centres: in the metric sqrt(1 - cos), the farthest token is at most twice as far
+    from its nearest kept token as with the best choice of anchors (Eqs. 6 and 7).
+    """
     cosines = _Cosines(features)
     num_tokens, width = mask.shape[1], focus.shape[1]
     # Cosine of each token to the closest one chosen so far; infinity takes a token out of the choice.
@@ -212,10 +241,10 @@ def _scan(features, mask, focus, num_focus, num_anchors):
     closest = closest.masked_fill(~_without(mask, focus), torch.inf)
     anchors = [focus[:, :0]]
     for _ in range(width - 1):
-        anchor = closest.argmin(-1, keepdim=True)  # the first of equal ones, on every device
+        anchor = closest.argmin(-1, keepdim=True)  # the first of equal ones, on all devices
         closest = torch.maximum(closest, cosines.rows(anchor).squeeze(1)).scatter_(1, anchor, torch.inf)
         anchors.append(anchor)
-    # No choice depends on a later one, so a row with room for fewer anchors takes the first of them.
+    # No choice depends on a later one, so a row with a smaller budget keeps the first of its anchors.
     counts = torch.arange(1, width, device=mask.device)
     anchors = torch.cat(anchors, dim=1).masked_fill(counts > num_anchors[:, None], num_tokens)
     return anchors, *_nearest_anchor(cosines, anchors)
@@ -223,8 +252,8 @@ def _scan(features, mask, focus, num_focus, num_anchors):
 
 def _nearest_anchor(cosines, anchors):
     """
-    Eq. 8: the anchor that is most similar to each token, `(batch, num_tokens)`, and its cosine, -inf if there is none
-    or one of both is not finite.
+    Eq. 8: the anchor that is most similar to each token, and its cosine, both `(batch, num_tokens)`. The cosine is
+    -inf if there is no anchor, or if the token is not finite; anchors that are not finite do not count.
     """
     nearest = anchors.new_full(cosines.finite.shape, -1)
     similarity = torch.full_like(cosines.finite, -torch.inf, dtype=torch.float32)
@@ -235,77 +264,35 @@ def _nearest_anchor(cosines, anchors):
         absorbs = (tokens == block) & cosines.finite.gather(1, tokens)
         rows = cosines.rows(tokens).masked_fill(~absorbs[..., None], -torch.inf)  # (batch, block, num_tokens)
         is_closer = rows.amax(1) > similarity
-        # Among equal ones the first, which is the lower index, on every device.
+        # argmax takes the first of equal ones, on all devices: the lower index, since anchors are sorted.
         nearest = torch.where(is_closer, tokens.gather(1, rows.argmax(1)), nearest)
         similarity = torch.where(is_closer, rows.amax(1), similarity)
     return nearest, similarity.masked_fill(~cosines.finite, -torch.inf)
 
 
-# Tokens whose cosines to all are in memory at once.
-_BLOCK = 512
-# Rows of a matrix product that every library computes alike.
-_TILE = 64
-
-
-class _Cosines:
-    """Cosines in float32 between some tokens of each row and all tokens of that row, `(batch, k, num_tokens)`."""
-
-    def __init__(self, features):
-        features = features.float()
-        # Dividing by the largest entry first keeps the squares of the norm in range.
-        peak = torch.maximum(features.amax(-1, keepdim=True), -features.amin(-1, keepdim=True))
-        unit = features / peak.masked_fill(peak == 0, 1.0)
-        norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
-        self.finite = peak.isfinite().squeeze(-1)
-        unit = unit.div_(norm.masked_fill_(norm == 0, 1.0))
-        # A matrix product may round its last, incomplete tile in another way, so that equal tokens differ in the last
-        # bit and a tie goes to the wrong one: there is none.
-        self.num_tokens = unit.shape[1]
-        self.unit = torch.nn.functional.pad(unit, (0, 0, 0, -self.num_tokens % _TILE))
-        # One product for all pairs is faster than one for each anchor; it may take twice the memory of the features.
-        self.pairs = self._between(self.unit) if self.num_tokens <= 2 * unit.shape[2] else None
-
-    def _between(self, tokens):
-        # A token with non-finite features leaves NaN in each of its cosines.
-        cosines = (tokens @ self.unit.mT).clamp_(-1.0, 1.0).nan_to_num_(nan=-1.0)
-        return cosines[..., : self.num_tokens]
-
-    def rows(self, tokens):
-        return self._between(_take(self.unit, tokens)) if self.pairs is None else _take(self.pairs, tokens)
-
-
-def _take(tensor, tokens):
-    """Rows `tokens` `(batch, k)` of a tensor `(batch, num_tokens, size)`: `(batch, k, size)`."""
-    return tensor.gather(1, tokens[..., None].expand(-1, -1, tensor.shape[-1]))
-
-
-def _without(mask, tokens):
-    """The mask less `tokens` `(batch, k)`, where `num_tokens` stands for none."""
-    return torch.nn.functional.pad(mask, (0, 1)).scatter(1, tokens, False)[:, :-1]
-
-
 def _refine(features, priority, mask, kept, is_focus, nearest, similarity, kappa):
     """
-    Eq. 9: of the tokens not kept, those most similar to an anchor are merged into the one that is nearest (Eq. 8).
+    Eq. 9: merge the dropped tokens that are most similar to their nearest anchor into it, `kappa` for each anchor.
 
-    Applied over all tokens that an anchor absorbs, the update is their mean, weighted by priority.
+    Applied to all tokens that an anchor absorbs, the paper's update is the mean of anchor and tokens, weighted by
+    priority.
 
-    Returns the kept tokens after Refine, `(batch, width, hidden_size)`, and the anchor of each token or -1,
-    `(batch, num_tokens)`.
+    Returns the kept tokens after Refine, `(batch, width, hidden_size)`, and for each token the anchor that it was
+    merged into, or -1, `(batch, num_tokens)`.
     """
     num_tokens, width = mask.shape[1], kept.shape[1]
     is_kept = kept < num_tokens
     can_merge = _without(mask, kept) & (similarity > -torch.inf)
     refined = _take(features, kept.clamp(max=num_tokens - 1)).masked_fill(~is_kept[..., None], 0.0)
     merged_into = torch.full_like(nearest, -1)
-    # The most that a row can merge: one of the kept tokens is a Focus token.
-    num_candidates = min(int(kappa * (width - 1) + 1e-6), num_tokens - 1)
+    # No row merges more: at least one of its kept tokens is a Focus token.
+    num_candidates = int(min(kappa * (width - 1) + 1e-6, num_tokens - 1))
     if num_candidates == 0:
         return refined, merged_into
 
     order = similarity.masked_fill(~can_merge, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     candidates = order[:, :num_candidates]
-    # float32 would be off by more than the slack.
+    # In float32 the product can be off by more than the slack of 1e-6. MPS has no float64.
     dtype = torch.float32 if mask.device.type == "mps" else torch.float64
     num_merged = (kappa * (is_kept & ~is_focus).sum(-1, keepdim=True).to(dtype) + 1e-6).floor()
     is_merged = torch.arange(num_candidates, device=mask.device) < num_merged
@@ -313,9 +300,8 @@ def _refine(features, priority, mask, kept, is_focus, nearest, similarity, kappa
     anchor = nearest.gather(1, candidates)
     merged_into = merged_into.scatter(1, candidates, anchor.masked_fill(~is_merged, -1))
 
-    slot = torch.searchsorted(kept.contiguous(), anchor).masked_fill(
-        ~is_merged, width
-    )  # where it goes; `width`: nowhere
+    # Where each candidate goes among the kept tokens; `width` if it is not merged.
+    slot = torch.searchsorted(kept.contiguous(), anchor).masked_fill(~is_merged, width)
     weight = priority.gather(1, candidates).masked_fill(~is_merged, 0.0)[..., None]
     own_weight = priority.gather(1, kept.clamp(max=num_tokens - 1))[..., None]
     total = own_weight + _sum_by_slot(weight, slot, width)
@@ -329,11 +315,57 @@ def _refine(features, priority, mask, kept, is_focus, nearest, similarity, kappa
     return torch.where(changed, mean.to(features.dtype), refined), merged_into
 
 
+# --- Helpers ---
+
+
+# Chosen tokens whose cosines to all tokens are in memory at once.
+_BLOCK = 512
+# Matrix products may round the rows of a last, incomplete tile differently. No library has larger tiles of rows.
+_TILE = 64
+
+
+class _Cosines:
+    """Cosines in float32 between some tokens of each pool and all tokens of that pool, `(batch, k, num_tokens)`."""
+
+    def __init__(self, features):
+        features = features.float()
+        # Dividing by the largest entry first keeps the squares of the norm in range.
+        peak = torch.maximum(features.amax(-1, keepdim=True), -features.amin(-1, keepdim=True))
+        unit = features / peak.masked_fill(peak == 0, 1.0)
+        norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
+        self.finite = peak.isfinite().squeeze(-1)
+        unit = unit.div_(norm.masked_fill_(norm == 0, 1.0))
+        # Padded to whole tiles, so that equal tokens have equal cosines wherever they stand.
+        self.num_tokens = unit.shape[1]
+        self.unit = torch.nn.functional.pad(unit, (0, 0, 0, -self.num_tokens % _TILE))
+        # One product for all pairs is faster than one for each anchor. It takes at most twice the memory of features.
+        self.pairs = self._between(self.unit) if self.num_tokens <= 2 * unit.shape[2] else None
+
+    def _between(self, tokens):
+        # A token with non-finite features has NaN in each of its cosines.
+        cosines = (tokens @ self.unit.mT).clamp_(-1.0, 1.0).nan_to_num_(nan=-1.0)
+        return cosines[..., : self.num_tokens]
+
+    def rows(self, tokens):
+        """Cosines of the tokens at the positions `tokens` `(batch, k)` to all, `(batch, k, num_tokens)`."""
+        return self._between(_take(self.unit, tokens)) if self.pairs is None else _take(self.pairs, tokens)
+
+
+def _take(tensor, tokens):
+    """Rows `tokens` `(batch, k)` of a tensor `(batch, num_tokens, size)`: `(batch, k, size)`."""
+    return tensor.gather(1, tokens[..., None].expand(-1, -1, tensor.shape[-1]))
+
+
+def _without(mask, tokens):
+    """`mask` with False at `tokens` `(batch, k)`, where `num_tokens` stands for no token."""
+    return torch.nn.functional.pad(mask, (0, 1)).scatter(1, tokens, False)[:, :-1]
+
+
 def _sum_by_slot(values, slot, width):
     """
-    Sums of those `values` `(batch, k, size)` whose `slot` `(batch, k)` is the same: `(batch, width, size)`.
+    Sums of the `values` `(batch, k, size)` that have the same `slot` `(batch, k)`: `(batch, width, size)`.
 
-    In a fixed order: adding by index is only deterministic on the CPU.
+    `index_add` adds in a fixed order on the CPU only; elsewhere a matrix product does.
     """
     batch, _, size = values.shape
     if values.device.type == "cpu":
@@ -343,7 +375,7 @@ def _sum_by_slot(values, slot, width):
     return (slot[:, None] == torch.arange(width, device=slot.device)[:, None]).to(values.dtype) @ values
 
 
-def _check_arguments(features, saliency, relevance, num_visual_tokens, mask, focus_mass, max_num_visual_tokens):
+def _check_tensors(features, saliency, relevance, mask):
     if features.ndim != 3 or features.shape[1] == 0:
         raise ValueError(
             "`features` must have the shape (batch, num_tokens, hidden_size) with at least one token, "
@@ -360,15 +392,31 @@ def _check_arguments(features, saliency, relevance, num_visual_tokens, mask, foc
         raise ValueError(
             f"`mask` must be a bool tensor, but its dtype is {mask.dtype}. Convert it with `mask.bool()`."
         )
+
+
+def _check_budgets(features, num_visual_tokens, max_num_visual_tokens):
     if isinstance(num_visual_tokens, torch.Tensor):
-        if num_visual_tokens.dtype != torch.long or num_visual_tokens.shape != shape[:1]:
+        if num_visual_tokens.dtype != torch.long or num_visual_tokens.shape != features.shape[:1]:
             raise ValueError(
-                f"A tensor `num_visual_tokens` must be a LongTensor of shape (batch,) = {tuple(shape[:1])}, "
+                f"A tensor `num_visual_tokens` must be a LongTensor of shape (batch,) = {tuple(features.shape[:1])}, "
                 f"but it is {num_visual_tokens.dtype} of shape {tuple(num_visual_tokens.shape)}."
             )
-        if max_num_visual_tokens is not None and max_num_visual_tokens < 1:
-            raise ValueError(f"`max_num_visual_tokens` must be at least 1, but it is {max_num_visual_tokens}.")
-    elif num_visual_tokens < 1:
-        raise ValueError(f"`num_visual_tokens` must be at least 1, but it is {num_visual_tokens}.")
-    if focus_mass not in ("all", "budget"):
-        raise ValueError(f'`focus_mass` must be "all" or "budget", but it is {focus_mass!r}.')
+    elif not _is_budget(num_visual_tokens):
+        raise ValueError(
+            f"`num_visual_tokens={num_visual_tokens!r}` is not allowed: `num_visual_tokens` must be an int >= 1, or a "
+            "LongTensor of shape (batch,)."
+        )
+    if max_num_visual_tokens is not None and not _is_budget(max_num_visual_tokens):
+        raise ValueError(
+            f"`max_num_visual_tokens={max_num_visual_tokens!r}` is not allowed: `max_num_visual_tokens` must be an "
+            "int >= 1, or None."
+        )
+
+
+def _is_budget(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_settings(**settings):
+    for name, value in settings.items():
+        check_fsr_value(name, value)

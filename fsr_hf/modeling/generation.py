@@ -1,262 +1,146 @@
-"""`generate()` and `forward()` over prompts whose visual tokens FSR has pruned."""
+"""`generate()` over prompts whose visual tokens FSR has pruned."""
 
 import copy
 import inspect
-from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
-from transformers.utils import TransformersKwargs, logging
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin
+from transformers import __version__ as transformers_version
+from transformers.utils import TransformersKwargs
 
-from .caller import CallerView
-from .fsr import VisualSelection
-from .pools import VisualPools, select_from_pools
-from .prompt import CompressedPrompt, VisualItem, lay_out, restore_logits
+from .caller import FullPromptView
+from .compression import (
+    FSR_ARGUMENTS,
+    TextEncoderMixin,
+    adopt_signature,
+    check_no_placeholders,
+    check_prompt,
+    compact_positions,
+    infer_attention_mask,
+)
+from .conversation import (
+    Conversation,
+    forget,
+    get_conversation,
+    is_pruned_cache,
+    remember,
+    remember_positions,
+)
+from .guards import VERSION, Draft, PromptGuard, cache_length, get_cache, guarded, unpruned
+from .prompt import CompressedPrompt
 
 
 __all__ = ["FSRGenerationMixin"]
 
-logger = logging.get_logger(__name__)
+_SELECTION_DOCS = """        output_visual_selection (`bool`, *optional*, defaults to `False`):
+            Whether the output has `visual_selections`: a [`VisualSelection`] for each image or video. Needs
+            `return_dict_in_generate=True`.
+"""
+_CALLBACKS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer")
+_ARGUMENTS_OF_GENERATE = (*_CALLBACKS, "generation_config", "synced_gpus", "assistant_model", "custom_generate")
 
 
-class FSRGenerationMixin(GenerationMixin):
+class FSRGenerationMixin(TextEncoderMixin, GenerationMixin):
     """
-    Prunes the visual tokens of a prompt before the language model sees it. It stands before a stock
-    `...ForConditionalGeneration` class, which does all the rest: `generate()` and `forward()` of that class run on the
-    embeddings of the compressed prompt.
-
-    A family says what its visual inputs are and where tokens and scores come from: `visual_inputs`,
-    [`~FSRGenerationMixin.find_items`], [`~FSRGenerationMixin.encode_visuals`] and, where it has its own positions,
-    [`~FSRGenerationMixin.full_position_ids`].
+    A stock `...ForConditionalGeneration` class on an inner model that prunes. `generate()` compresses the prompt once,
+    up front, and runs the stock method on it; what goes in and what comes out refers to the whole prompt.
     """
 
-    # Inputs that only the towers (and the search for placeholders) read; the first of each modality holds its pixels.
-    visual_inputs: ClassVar[tuple[str, ...]] = ()
-    pixel_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
-    # `guidance_scale` runs a second prompt through the model, which not every family can give positions to.
-    supports_guidance: ClassVar[bool] = True
+    # The inner model of the family.
+    inner_class: ClassVar[type]
+    # Whether positions have several axes, which models of text cannot read.
+    has_position_axes: ClassVar[bool] = False
 
-    # ------------------------------------------------------------------ what a family says
-
-    def placeholder_ids(self) -> list[int]:
-        """Ids of the placeholders that pixels fill."""
-        return [self.config.image_token_id]
-
-    def find_items(self, input_ids: torch.Tensor, **visual: Any) -> list[VisualItem]:
-        """
-        The images and videos of a prompt (on the CPU), from shapes and grids alone; raises `ValueError` on a mismatch.
-        """
-        raise NotImplementedError
-
-    def num_candidates(self, items: list[VisualItem], **visual: Any) -> list[int]:
-        """How many tokens of each item can be kept or dropped: its placeholders without newlines."""
-        return [item.length for item in items]
-
-    def encode_visuals(self, items: list[VisualItem], query: torch.Tensor | None, **visual: Any) -> VisualPools:
-        """
-        Run the towers. `query`: `(batch, projection_dim)` from [`CLIPRelevance`], one row for each row of the prompt.
-        """
-        raise NotImplementedError
-
-    def full_position_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **visual: Any) -> torch.Tensor:
-        """
-        Positions of the whole prompt, used with `positions="original"`: `(batch, length)`, or `(axes, batch, length)`
-        for a model that rotates by several.
-        """
-        return _positions(attention_mask)
-
-    def runs_stock(self, visual: dict[str, Any]) -> bool:
-        """
-        Whether the stock class has the right embeddings for a prompt that is not pruned. If not, the prompt goes the
-        way of a pruned one, and nothing is dropped.
-        """
-        return True
-
-    # ------------------------------------------------------------------ compression
-
-    def _compress(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        visual: dict[str, Any],
-        query: tuple[torch.Tensor | None, torch.Tensor | None],
-        fsr,
-        return_selections: bool = False,
-    ) -> tuple[CompressedPrompt | None, list[VisualSelection] | None]:
-        """
-        Prune the prompt `(batch, length)` under the settings `fsr`.
-
-        All checks come first, on the host: one copy of ids and mask is the only wait for the device.
-
-        Returns:
-            The compressed prompt, or `None` if every image is within its budget and the stock class can run it; and
-            one [`VisualSelection`] for each image or video if `return_selections`.
-        """
-        host_ids, host_mask = input_ids.cpu(), attention_mask.cpu()
-        items = self.find_items(host_ids, **visual)
-        candidates = self.num_candidates(items, **visual)
-        budgets = [fsr.budget(number) if fsr.enabled else number for number in candidates]
-        is_pruned = [budget < number for budget, number in zip(budgets, candidates)]
-        is_stock = not any(is_pruned) and self.runs_stock(visual)
-        if is_stock and not return_selections:
-            return None, None
-
-        question = self._check_query(query, fsr, len(input_ids)) if any(is_pruned) or return_selections else None
-        embeddings = None
-        if question is not None:
-            if not question[1].cpu()[[item.row for item in items]].any(-1).all():
-                logger.warning_once("A row has no question: FSR ranks its visual tokens by saliency alone.")
-            embeddings = self.text_encoder.encode_query(*(tensor.to(input_ids.device) for tensor in question))
-        pools = self.encode_visuals(items, embeddings, **visual)
-        indices, features, kept, selections = select_from_pools(
-            pools, items, budgets, is_pruned, fsr, return_selections
-        )
-        if is_stock:
-            return None, selections
-
-        layout = lay_out(host_mask, items, kept, indices.to(input_ids.device))
-        ids, mask = layout.gather(input_ids), layout.attention_mask(attention_mask)
-        embeds = layout.embeds(self.get_input_embeddings()(ids), features)
-        position_ids = _positions(mask)
-        if fsr.positions == "original":
-            full = layout.gather(self.full_position_ids(input_ids, attention_mask, **visual))
-            # Masks are made from a first row without gaps: a gap would be read as the end of a packed sequence.
-            position_ids = full if full.ndim == 2 else torch.cat([position_ids[None], full])
-        return CompressedPrompt(layout, ids, embeds, mask, position_ids), selections
-
-    def _check_query(self, query, fsr, batch_size: int):
-        """The question as `encode_query` takes it, or `None` (saliency alone), with a warning where it is missing."""
-        if fsr.relevance == "none":
-            return None
-        if not fsr.uses_relevance:
-            logger.warning_once(
-                "This model has no CLIP text encoder, so FSR ranks visual tokens by saliency alone. Export it with "
-                '`text_encoder=` for relevance to the question, or set `fsr_config.relevance = "none"`.'
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.forward is FSRGenerationMixin.forward:
+            intro = (
+                "As the stock method, on an inner model that compresses prompts with pixels: the loss is that of the "
+                "compressed sequence, where labels on placeholders of images and videos never count; `logits` and "
+                "`logits_to_keep` mean the caller's positions, and a dropped one has the logits of the last kept "
+                "position before it; `hidden_states`, `attentions` and the cache have the compressed length. "
+                "`position_ids`, packed sequences, `shift_labels` and `inputs_embeds` cannot stand beside pixels."
             )
-            return None
-        input_ids, attention_mask = query
-        if input_ids is None:
-            logger.warning_once(
-                "FSR got no `query_input_ids`, so visual tokens are ranked by saliency alone. The processor of this "
-                "model makes them from the question (`FSRLlavaProcessor`)."
+            names = getattr(getattr(cls, "inner_class", None), "visual_inputs", ())
+            adopt_signature(cls, "forward", intro, FSR_ARGUMENTS | dict.fromkeys(names, "Any"))
+        if cls.generate is FSRGenerationMixin.generate:
+            intro = (
+                "As the stock method, on a prompt whose visual tokens have been pruned. `sequences` begins with "
+                "`input_ids`, `max_length` counts them, and streamers, logits processors and stopping criteria see "
+                "them; the cache, `attentions` and `hidden_states` have the compressed length. With the cache of an "
+                "earlier call and the whole conversation as `input_ids`, only what is new is run.\n\nRaises "
+                "`ValueError` before any work if placeholders and pixels do not match, or for an option that cannot "
+                "be right with a compressed prompt (the message says why)."
             )
-            return None
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        length = self.text_encoder.chunk_length
-        if input_ids.ndim != 2 or len(input_ids) != batch_size or input_ids.shape[1] % length or not input_ids.numel():
-            raise ValueError(
-                f"`query_input_ids` must have the shape (batch, chunks * {length}), here ({batch_size}, n * "
-                f"{length}), but its shape is {tuple(input_ids.shape)}. The model's processor makes it."
-            )
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`query_attention_mask` must have the shape of `query_input_ids`, {tuple(input_ids.shape)}, but its "
-                f"shape is {tuple(attention_mask.shape)}."
-            )
-        return input_ids, attention_mask
+            own = FSR_ARGUMENTS | {"output_visual_selection": "bool"}
+            adopt_signature(cls, "generate", intro, own, _SELECTION_DOCS)
 
-    def _pop_visual(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """Take the visual inputs out of `kwargs`; `None` (and nothing taken) if there are no pixels."""
-        if kwargs.get("pixel_values_videos") is not None and "pixel_values_videos" not in self.visual_inputs:
-            raise ValueError(
-                f"`pixel_values_videos` is not supported: {type(self).__name__} takes images alone. Pass frames as "
-                "images, or use a model for videos (FSRLlavaVideo, FSRQwen2_5_VL)."
-            )
-        if all(kwargs.get(name) is None for name in self.pixel_inputs):
-            return None
-        return {name: kwargs.pop(name) for name in self.visual_inputs if name in kwargs}
+    def __init__(self, config):
+        # The class before the stock one, whose own `__init__` would build the stock inner model first.
+        stock = next(c for c in type(self).__mro__ if c.__module__.startswith("transformers.models."))
+        super(stock, self).__init__(config)  # type: ignore[arg-type]
+        self.model = self.inner_class(config)
+        text_config = config.get_text_config()
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.post_init()
 
-    def _check_prompt(self, input_ids, attention_mask, kwargs, refused: tuple[str, ...]) -> torch.Tensor:
-        """The ids, after the refusal of what cannot stand beside pixels."""
-        if input_ids is None:
-            raise ValueError(
-                "Pixels need `input_ids`: FSR finds the placeholders of images in them. (PEFT prompt tuning takes "
-                "them away: use an adapter on the weights, such as LoRA.)"
-            )
-        if _cached_length(kwargs.get("past_key_values")):
-            raise ValueError(
-                "`past_key_values` already holds tokens: going on from a cache with images in the prompt is not "
-                "supported with FSR. Pass the whole conversation without `past_key_values`, or `fsr_enabled=False` to "
-                "run unpruned. (PEFT prefix tuning fills the cache: use an adapter on the weights, such as LoRA.)"
-            )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, but its shape is "
-                f"{tuple(attention_mask.shape)}: FSR drops columns of both."
-            )
-        for name in refused:
-            if kwargs.get(name) is not None:
+    @property
+    def selector(self):
+        """What chooses among the tokens of a pool, [`select_visual_tokens`] or another of its form."""
+        return self.model.selector
+
+    @selector.setter
+    def selector(self, selector) -> None:
+        self.model.selector = selector
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        if labels is not None and self.model.will_prune(kwargs):
+            check_prompt(input_ids, kwargs.get("attention_mask"), kwargs)
+            if labels.shape != input_ids.shape:
                 raise ValueError(
-                    f"`{name}` together with pixels is not supported: it refers to the whole prompt, and FSR "
-                    "compresses it. Leave it out, or pass `fsr_enabled=False` to run unpruned."
+                    f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, but their shape is "
+                    f"{tuple(labels.shape)}."
                 )
-        return input_ids
+            labels = self._mask_labels(input_ids, labels, kwargs)
+        return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+
+    def _mask_labels(self, input_ids, labels, kwargs: dict[str, Any]) -> torch.Tensor:
+        """
+        The labels less those of placeholders, and of a row's first token: what would predict it is padding.
+        `num_items_in_batch` is corrected by what that takes away.
+        """
+        masked = labels
+        for placeholder in self.model.placeholder_ids.values():
+            masked = masked.masked_fill(input_ids == placeholder, -100)
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            follows_padding = nn.functional.pad(mask[:, :-1] == 0, (1, 0), value=True)
+            masked = masked.masked_fill(follows_padding.to(masked.device), -100)
+        if kwargs.get("num_items_in_batch") is not None:
+            # Trainer counted the labels of placeholders, too. With several micro-batches to a step only this one's
+            # share of them is known here, and stands for the others'.
+            counted, counts = (tensor[:, 1:].ne(-100).sum() for tensor in (labels, masked))
+            kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * counts / counted.clamp(min=1)
+        return masked
 
     # ------------------------------------------------------------------ generate
 
     @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
-        synced_gpus: bool | None = None,
-        assistant_model=None,
-        streamer: BaseStreamer | None = None,
-        query_input_ids: torch.LongTensor | None = None,
-        query_attention_mask: torch.LongTensor | None = None,
-        num_visual_tokens: int | None = None,
-        retention_ratio: float | None = None,
-        fsr_enabled: bool | None = None,
-        output_visual_selection: bool = False,
-        **kwargs,
-    ):
-        r"""
-        As [`~transformers.GenerationMixin.generate`], on a prompt whose visual tokens have been pruned. What goes in
-        and what comes out refers to the whole prompt: `sequences` begins with `input_ids`, `max_length` counts them,
-        and streamers, logits processors and stopping criteria see them. Only the cache, `attentions` and
-        `hidden_states` have the compressed length.
+    def generate(self, inputs=None, output_visual_selection=None, **kwargs):
+        arguments = {name: kwargs.pop(name) for name in _ARGUMENTS_OF_GENERATE if name in kwargs}
+        generation_config = arguments.get("generation_config")
+        if getattr(generation_config, "is_assistant", False):  # this model drafts for another one, on its prompt
+            outputs = None if cache_length(get_cache(kwargs)) else kwargs.get("mm_encoder_outputs")
+            with guarded(Draft(outputs)) if outputs else unpruned():
+                return super().generate(inputs, **arguments, **kwargs)
 
-        Args:
-            query_input_ids (`torch.LongTensor` of shape `(batch, chunks * 77)`, *optional*):
-                The question in ids of CLIP's tokenizer, made by the model's processor.
-            query_attention_mask (`torch.LongTensor` of shape `(batch, chunks * 77)`, *optional*):
-                Its mask. Chunks whose mask is 0 are skipped.
-            num_visual_tokens (`int`, *optional*):
-                Budget of each image or video for this call, in place of the config's.
-            retention_ratio (`float`, *optional*):
-                The same as a share of its tokens. Not both.
-            fsr_enabled (`bool`, *optional*):
-                Whether to prune in this call, in place of the config's `enabled`.
-            output_visual_selection (`bool`, *optional*, defaults to `False`):
-                Whether the output has `visual_selections`: a [`VisualSelection`] for each image or video. Needs
-                `return_dict_in_generate=True`.
-
-        Raises:
-            `ValueError`: before any work, if placeholders and pixels do not match, or for an option that cannot be
-            right with a compressed prompt (the message says why).
-        """
-        arguments = {
-            "logits_processor": logits_processor,
-            "stopping_criteria": stopping_criteria,
-            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
-            "synced_gpus": synced_gpus,
-            "assistant_model": assistant_model,
-            "streamer": streamer,
-        }
-        if getattr(generation_config, "is_assistant", False):
-            # This model drafts for another one. Embeddings of that one's prompt are of use if they have our width.
-            embeds = kwargs.get("inputs_embeds")
-            if embeds is not None and embeds.shape[-1] != self.config.get_text_config().hidden_size:
-                del kwargs["inputs_embeds"]
-            return super().generate(inputs, generation_config, **arguments, **kwargs)
-
-        fsr = self.config.fsr_config.override(num_visual_tokens, retention_ratio, fsr_enabled)
+        call = {name: kwargs.pop(name, None) for name in FSR_ARGUMENTS}
+        names = ("num_visual_tokens", "retention_ratio", "fsr_enabled")
+        fsr = self.config.fsr_config.override(*(call[name] for name in names))
         options = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
         options.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         model_kwargs = options.update(**kwargs)
@@ -265,22 +149,37 @@ class FSRGenerationMixin(GenerationMixin):
                 "`output_visual_selection=True` needs `return_dict_in_generate=True`, which has a place for the "
                 "selections, and pruning that is enabled."
             )
-        if not fsr.enabled and self.runs_stock(kwargs):
-            _refuse_pruned_cache(kwargs.get("past_key_values"))
-            return super().generate(inputs, generation_config, **arguments, **kwargs)
+        cache = get_cache(kwargs)
+        if not fsr.enabled:
+            if cache is not None and is_pruned_cache(cache):
+                raise ValueError(
+                    "`past_key_values` (`cache`) comes from a prompt that FSR compressed: it cannot go on with "
+                    "`fsr_enabled=False`. Pass the whole conversation, pixels included, without a cache."
+                )
+            with unpruned():
+                return super().generate(inputs, **arguments, **kwargs)
 
-        visual = self._pop_visual(kwargs)
+        visual = self.model.pop_visual(kwargs)
         self._check_generation(options, model_kwargs, arguments, kwargs)
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        if visual is None:
-            self._check_text_prompt(input_ids, kwargs)
-            output = super().generate(inputs, generation_config, **arguments, **kwargs)
-            if output_visual_selection:
-                output["visual_selections"] = []
-            return output
+        input_ids: Any = kwargs.get("input_ids") if inputs is None else inputs
+        conversation = None if cache is None else get_conversation(cache)
+        if conversation is not None:
+            self._check_continuation(options, arguments, kwargs)
+        if visual is None and conversation is None:
+            if input_ids is not None:
+                cached = 0 if cache is None else int(cache.get_seq_length())
+                starts = [cached if cached < input_ids.shape[1] else 0] * len(input_ids)  # what is cached ran unpruned
+                check_no_placeholders(input_ids, starts, self.model.placeholder_ids, self.model.pixel_inputs)
+            return self._generate_unpruned(inputs, options, arguments, kwargs, {}, output_visual_selection, [])
 
+        if conversation is None and cache_length(cache) != 0:
+            raise ValueError(
+                "`past_key_values` (`cache`) already holds tokens that no FSR model wrote, so images cannot join "
+                "them: pass the whole conversation without it, or `fsr_enabled=False` to run unpruned. (PEFT prefix tuning "
+                "fills the cache: use an adapter on the weights, such as LoRA.)"
+            )
         attention_mask = kwargs.get("attention_mask")
-        input_ids = self._check_prompt(input_ids, attention_mask, kwargs, ("position_ids",))
+        check_prompt(input_ids, attention_mask, {"position_ids": kwargs.get("position_ids")})
         length = input_ids.shape[1]
         if options.max_new_tokens is None and options.max_length is not None and length >= options.max_length:
             raise ValueError(
@@ -289,70 +188,156 @@ class FSRGenerationMixin(GenerationMixin):
                 "`max_new_tokens`."
             )
         device = input_ids.device if self.device.type == "meta" else self.device
-        mask = _infer_attention_mask(input_ids, options) if attention_mask is None else attention_mask
-        prompt, selections = self._compress(
-            *(input_ids.to(device), mask.to(device), visual, (query_input_ids, query_attention_mask), fsr),
-            return_selections=output_visual_selection,
+        if attention_mask is None:
+            attention_mask = infer_attention_mask(input_ids, options.pad_token_id, options.eos_token_id)
+        input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
+        prompt = self.model.compress(
+            input_ids,
+            attention_mask,
+            **call,
+            output_visual_selection=bool(output_visual_selection),
+            conversation=conversation,
+            # Without a cache, transformers reads gaps in positions as packed sequences once it has dropped a mask of
+            # ones: a masked column keeps the mask.
+            with_slack=options.use_cache is False and fsr.positions == "original",
+            **(visual or {}),
         )
-        if prompt is None:
-            output = super().generate(inputs, generation_config, **arguments, **{**visual, **kwargs})
-            if output_visual_selection:
-                output["visual_selections"] = selections
-            return output
+        if conversation is None and (prompt is None or not prompt.pruned_rows.any()):
+            selections = None if prompt is None else prompt.selections
+            return self._generate_unpruned(
+                inputs, options, arguments, kwargs, visual, output_visual_selection, selections
+            )
+        for name in ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids"):
+            kwargs.pop(name, None)
+        view = FullPromptView(input_ids, prompt.input_ids.shape[1])
+        self._shift_lengths(options, arguments, kwargs, length - view.compressed_length)
+        if prompt.mm_encoder_outputs:
+            kwargs["mm_encoder_outputs"] = prompt.mm_encoder_outputs
+        past_length = 0 if conversation is None else conversation.length
+        guard = PromptGuard(self.model, view.compressed_length, past_length, prompt.num_features, prompt.is_padded)
+        with guarded(guard):
+            output = super().generate(
+                input_ids=prompt.input_ids,
+                attention_mask=prompt.attention_mask,
+                position_ids=prompt.position_ids,
+                **view.wrap(arguments, options),
+                **kwargs,
+            )
+            guard.check_end()
+        compressed = output if isinstance(output, torch.Tensor) else output.sequences
+        sequences = view.restore(compressed)
+        self._remember(output, cache, options, sequences, attention_mask, compressed, prompt)
+        if isinstance(output, torch.Tensor):
+            return sequences
+        output.sequences = sequences
+        if output_visual_selection:
+            output["visual_selections"] = prompt.selections
+        return output
 
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("input_ids", "attention_mask")}
-        difference = length - prompt.input_ids.shape[1]
+    def _generate_unpruned(self, inputs, options, arguments, kwargs, visual, output_visual_selection, selections):
+        """The stock method on a prompt within its budget, or of words alone, whose cache a conversation may use."""
+        # A cache of the caller that is not empty holds what FSR did not write.
+        is_start = not cache_length(get_cache(kwargs))
+        with unpruned():
+            output = super().generate(inputs, **arguments, **(visual or {}), **kwargs)
+        is_dict = not isinstance(output, torch.Tensor)
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        if is_start and input_ids is not None and (is_dict or get_cache(kwargs) is not None):
+            mask = kwargs.get("attention_mask")
+            if mask is None:
+                mask = infer_attention_mask(input_ids, options.pad_token_id, options.eos_token_id)
+            self._remember_unpruned(output, get_cache(kwargs), options, input_ids, mask, visual)
+        if output_visual_selection:
+            output["visual_selections"] = selections
+        return output
+
+    # ------------------------------------------------------------------ what the cache remembers
+
+    def _remember(self, output, cache, options, sequences, attention_mask, compressed, prompt) -> None:
+        """Keep with the cache what a conversation and a caller's own loop need to go on from it."""
+        cache = cache if isinstance(output, torch.Tensor) else get_cache(output)
+        if cache is None:
+            return
+        num_new = compressed.shape[1] - prompt.input_ids.shape[1]
+        cached = int(cache.get_seq_length())
+        is_one_each = len(compressed) == len(prompt.input_ids) and (options.num_beams or 1) == 1
+        if not is_one_each or not prompt.input_ids.shape[1] <= cached <= compressed.shape[1]:
+            forget(cache)
+            remember_positions(cache, prompt.position_ids)
+            return
+        steps = torch.arange(1, num_new + 1, device=prompt.position_ids.device)
+        positions = torch.cat([prompt.position_ids, prompt.position_ids[..., -1:] + steps], dim=-1)
+        masks = [
+            torch.cat([mask, mask.new_ones(len(mask), num_new)], dim=1)
+            for mask in (attention_mask, prompt.attention_mask)
+        ]
+        eos = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
+        conversation = Conversation(
+            caller_ids=sequences,
+            caller_mask=masks[0],
+            input_ids=compressed[:, :cached],
+            attention_mask=masks[1][:, :cached],
+            position_ids=positions[..., :cached],
+            pruned_rows=prompt.pruned_rows,
+            num_uncached=compressed.shape[1] - cached,
+            num_new=num_new,
+            end_ids=[token for token in (*eos, options.pad_token_id) if token is not None],
+        )
+        remember(cache, conversation)
+
+    def _remember_unpruned(self, output, cache, options, input_ids, attention_mask, visual) -> None:
+        """The same for a prompt that ran as it is."""
+        positions = self.model.full_position_ids(input_ids, attention_mask, **(visual or {}))
+        if positions.ndim == 3:
+            positions = torch.cat([compact_positions(attention_mask)[None], positions])
+        prompt = CompressedPrompt(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            mm_encoder_outputs={},
+            columns=input_ids,
+            num_features=0,
+            is_padded=False,
+            pruned_rows=torch.zeros(len(input_ids), dtype=torch.bool),
+        )
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        self._remember(output, cache, options, sequences, attention_mask, sequences, prompt)
+
+    # ------------------------------------------------------------------ options
+
+    def _shift_lengths(self, options, arguments, kwargs, difference: int) -> None:
+        """Lengths that count the caller's prompt become lengths that count the compressed one."""
         lengths = {}
         if options.max_new_tokens is None and options.max_length is not None:
             lengths["max_length"] = options.max_length - difference
         if options.min_new_tokens is None and options.min_length:
             lengths["min_length"] = max(options.min_length - difference, 0)
-        if generation_config is None or lengths.keys() & kwargs.keys():
+        if arguments.get("generation_config") is None or lengths.keys() & kwargs.keys():
             kwargs |= lengths
         else:
-            generation_config = copy.deepcopy(generation_config)
-            generation_config.update(**lengths)
-
-        view = CallerView(input_ids, prompt.input_ids.shape[1])
-        output = super().generate(
-            generation_config=generation_config,
-            input_ids=prompt.input_ids,
-            inputs_embeds=prompt.inputs_embeds,
-            attention_mask=prompt.attention_mask,
-            position_ids=prompt.position_ids,
-            **view.wrap(arguments, options),
-            **kwargs,
-        )
-        if isinstance(output, torch.Tensor):
-            sequences = view.restore(output)
-        else:
-            sequences = output.sequences = view.restore(output.sequences)
-            _mark_pruned(output.past_key_values, prompt)
-        _mark_pruned(kwargs.get("past_key_values"), prompt)
-        if output_visual_selection:
-            output["visual_selections"] = selections
-        return sequences if isinstance(output, torch.Tensor) else output
+            arguments["generation_config"] = copy.deepcopy(arguments["generation_config"])
+            arguments["generation_config"].update(**lengths)
 
     def _check_generation(self, options: GenerationConfig, model_kwargs, arguments, kwargs) -> None:
         """Refuse what would be wrong with a compressed prompt, and names that nothing reads."""
-        mode = options.get_generation_mode(arguments["assistant_model"]).value
+        mode = options.get_generation_mode(arguments.get("assistant_model")).value
         refused = {
             "prefill_chunk_size": (
-                options.prefill_chunk_size is not None,
-                "transformers drops embeddings when it splits the prefill, so images would be lost without a word",
+                options.prefill_chunk_size is not None and VERSION < (5, 23),
+                f"transformers {transformers_version} splits visual tokens wrongly by chunks (right from 5.23 on)",
             ),
             "token_healing": (
                 options.token_healing,
-                "it rewrites the ids of the prompt, which its embeddings do not follow",
+                "it rewrites the ids of the prompt, which its visual tokens do not follow",
             ),
             "cache_implementation": (
                 options.cache_implementation == "paged",
                 "continuous batching takes ids alone, so images would be lost",
             ),
             "custom_generate": (
-                kwargs.get("custom_generate") is not None
+                arguments.get("custom_generate") is not None
                 or mode in ("contrastive_search", "dola_generation", "group_beam_search", "constrained_beam_search"),
-                f"a decoding loop from elsewhere ({mode}) need not keep the embeddings of the compressed prompt",
+                f"a decoding loop from elsewhere ({mode}) need not keep the visual tokens of the compressed prompt",
             ),
             "encoder_repetition_penalty": (
                 options.encoder_repetition_penalty not in (None, 1.0),
@@ -363,8 +348,12 @@ class FSRGenerationMixin(GenerationMixin):
                 "it reads the ids of the prompt as if they were an encoder's",
             ),
             "guidance_scale": (
-                not self.supports_guidance and options.guidance_scale not in (None, 1, 1.0),
+                self.has_position_axes and options.guidance_scale not in (None, 1, 1.0),
                 "the prompt without the condition would get the positions of the one with it",
+            ),
+            "assistant_model": (
+                self.has_position_axes and _reads_text_positions(arguments.get("assistant_model")),
+                "it would get the positions of this model, which have several axes: use a model of the same family",
             ),
             "inputs_embeds": (
                 kwargs.get("inputs_embeds") is not None,
@@ -393,7 +382,7 @@ class FSRGenerationMixin(GenerationMixin):
             *inspect.signature(self.forward).parameters,
             *TransformersKwargs.__optional_keys__,
             *("inputs_embeds", "tokenizer", "assistant_tokenizer", "trust_remote_code", "custom_generate"),
-            *("negative_prompt_ids", "negative_prompt_attention_mask"),
+            *("cache", "past_key_values", "negative_prompt_ids", "negative_prompt_attention_mask"),
         }
         unknown = [name for name, value in model_kwargs.items() if value is not None and name not in known]
         if unknown:
@@ -402,214 +391,33 @@ class FSRGenerationMixin(GenerationMixin):
                 "arguments will also show up in this list)"
             )
 
-    def _check_text_prompt(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
-        """A prompt without pixels must be one without placeholders."""
-        _refuse_pruned_cache(kwargs.get("past_key_values"))
-        if input_ids is None:
-            return
-        cached = _cached_length(kwargs.get("past_key_values"))
-        new = input_ids[:, cached if cached < input_ids.shape[1] else 0 :]  # what is cached ran unpruned
-        is_placeholder = torch.isin(new, torch.tensor(self.placeholder_ids(), device=new.device))
-        if is_placeholder.any():
-            raise ValueError(
-                f"The prompt has {int(is_placeholder.sum())} placeholders (ids {self.placeholder_ids()}) but there "
-                f"are no pixels ({', '.join(f'`{name}`' for name in self.pixel_inputs)}) to fill them. Pass what the "
-                "processor returns, whole."
-            )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values=None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs,
-    ):
-        # The stock method takes either embeddings or ids. While assisted decoding verifies its first candidates, and
-        # while an assistant reads the prompt, the prompt's embeddings are followed by ids.
-        if inputs_embeds is not None and next_sequence_length != 1:
-            cached = _cached_length(past_key_values)
-            prompt_length = inputs_embeds.shape[1]
-            if cached < prompt_length:
-                if input_ids.shape[1] > prompt_length:
-                    new_embeds = self.get_input_embeddings()(input_ids[:, prompt_length:])
-                    inputs_embeds = torch.cat([inputs_embeds, new_embeds.to(inputs_embeds)], dim=1)
-                is_first_iteration = True
-                next_sequence_length = inputs_embeds.shape[1] - cached
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        # `generate` has compressed the prompt by now, or decided to run it as it is.
-        return {**model_inputs, "fsr_enabled": False}
-
-    # ------------------------------------------------------------------ forward
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        query_input_ids: torch.Tensor | None = None,
-        query_attention_mask: torch.Tensor | None = None,
-        num_visual_tokens: int | None = None,
-        retention_ratio: float | None = None,
-        fsr_enabled: bool | None = None,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-        **kwargs,
-    ):
-        """What the `forward` of every family does; its signature and docstring are the family's."""
-        if mm_encoder_outputs:  # older versions do not know the name
-            if fsr_enabled is not False and self.config.fsr_config.enabled:
+    def _check_continuation(self, options, arguments, kwargs) -> None:
+        """Refuse what cannot go on from a cache."""
+        refused = {
+            "num_beams": ((options.num_beams or 1) > 1, "the cache has one row for each prompt"),
+            "num_return_sequences": (
+                (options.num_return_sequences or 1) > 1,
+                "the cache has one row for each prompt",
+            ),
+            "assistant_model": (
+                arguments.get("assistant_model") is not None,
+                "the assistant has no cache of the earlier turns",
+            ),
+            "prompt_lookup_num_tokens": (
+                options.prompt_lookup_num_tokens is not None,
+                "transformers would run what is in the cache again",
+            ),
+            "use_cache": (options.use_cache is False, "the earlier turns are in the cache alone"),
+        }
+        for name, (is_refused, reason) in refused.items():
+            if is_refused:
                 raise ValueError(
-                    "`mm_encoder_outputs` is not supported with FSR: images in it would run unpruned; pass "
-                    "`input_ids` and pixels. `fsr_enabled=False` runs the stock model."
+                    f"`{name}` is not supported where a conversation goes on from a cache: {reason}. Leave it out, or "
+                    "pass the whole conversation, pixels included, without a cache."
                 )
-            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
-        stock = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            "logits_to_keep": logits_to_keep,
-        }
-        visual = None if fsr_enabled is False and self.runs_stock(kwargs) else self._pop_visual(kwargs)
-        if visual is None:
-            _go_on_from_pruned_cache(attention_mask, input_ids, kwargs)
-            return super().forward(**stock, **kwargs)
-        fsr = self.config.fsr_config.override(num_visual_tokens, retention_ratio, fsr_enabled)
-        if not fsr.enabled and self.runs_stock(visual):
-            return super().forward(**stock, **visual, **kwargs)
-
-        refused = ("inputs_embeds", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "shift_labels")
-        input_ids = self._check_prompt(input_ids, attention_mask, kwargs, refused)
-        _check_forward(kwargs, labels, input_ids)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        prompt, _ = self._compress(input_ids, mask, visual, (query_input_ids, query_attention_mask), fsr)
-        if prompt is None:
-            return super().forward(**stock, **visual, **kwargs)
-
-        if labels is not None:
-            masked = labels
-            for placeholder in self.placeholder_ids():
-                masked = masked.masked_fill(input_ids == placeholder, -100)
-            if kwargs.get("num_items_in_batch") is not None:
-                # Trainer counted the labels of placeholders, too. With several micro-batches to a step only this one's
-                # share of them is known here, and stands for the others'.
-                counted, counts = (tensor[:, 1:].ne(-100).sum() for tensor in (labels, masked))
-                kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * counts / counted.clamp(min=1)
-            labels = prompt.layout.labels(masked)
-        return_dict = kwargs.pop("return_dict", None)
-        # All logits for the loss, and for positions that differ from row to row; else no more than are asked for.
-        is_number = isinstance(logits_to_keep, int)
-        kwargs |= {
-            "inputs_embeds": prompt.inputs_embeds,
-            "attention_mask": prompt.attention_mask,
-            "position_ids": prompt.position_ids,
-            "labels": labels,
-            "logits_to_keep": min(logits_to_keep, prompt.input_ids.shape[1]) if is_number and labels is None else 0,
-        }
-        outputs = super().forward(return_dict=True, **kwargs)
-        _mark_pruned(outputs.past_key_values, prompt)
-        outputs["logits"] = restore_logits(outputs.logits, prompt.layout.columns, input_ids.shape[1], logits_to_keep)
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        return outputs if return_dict else outputs.to_tuple()
-
-    # ------------------------------------------------------------------ the text tower
-
-    @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As the stock method; a checkpoint without the weights of the text tower that its config names is refused."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        lost = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-        lost = [key for key in lost if key.startswith("text_encoder.")]
-        if lost:
-            raise ValueError(
-                f"The checkpoint lacks {len(lost)} weights of the CLIP text encoder that "
-                f"`fsr_config.text_encoder_config` describes, or has them in another shape ({lost[0]}, ...): "
-                "relevance would be random. Export it with `text_encoder=`, or load with "
-                '`fsr_config={"text_encoder_config": None}`.'
-            )
-        return (model, info) if output_loading_info else model
-
-    def requires_grad_(self, requires_grad: bool = True):
-        super().requires_grad_(requires_grad)
-        if getattr(self, "text_encoder", None) is not None:
-            self.text_encoder.requires_grad_(False)
-        return self
 
 
-def _check_forward(kwargs: dict[str, Any], labels: torch.Tensor | None, input_ids: torch.Tensor) -> None:
-    """What the stock `forward` would take without a word: a misspelt argument of FSR; or fail on after the tower."""
-    arguments = ("query_input_ids", "query_attention_mask", "num_visual_tokens", "retention_ratio", "fsr_enabled")
-    for name in kwargs:
-        if meant := get_close_matches(name, arguments, n=1, cutoff=0.8):
-            raise ValueError(f"`{name}` is no argument of the model. Did you mean `{meant[0]}`?")
-    if labels is not None and labels.shape != input_ids.shape:
-        raise ValueError(
-            f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, but their shape is "
-            f"{tuple(labels.shape)}."
-        )
-
-
-def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def _cached_length(cache) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def _mark_pruned(cache, prompt: CompressedPrompt) -> None:
-    if cache is not None:
-        cache.is_fsr_pruned = True
-        # Add the number of a cache entry, and this is the position of what was written after the prompt.
-        cache.fsr_offset = prompt.position_ids[..., -1:] + 1 - prompt.input_ids.shape[1]
-
-
-def _refuse_pruned_cache(cache) -> None:
-    if getattr(cache, "is_fsr_pruned", False) and _cached_length(cache):
-        raise ValueError(
-            "`past_key_values` comes from a prompt that FSR compressed, so its entries are not those of `input_ids`: "
-            "going on from it is not supported. Pass the whole conversation, pixels included, without "
-            "`past_key_values`."
-        )
-
-
-def _go_on_from_pruned_cache(attention_mask, input_ids, kwargs) -> None:
-    """A step of a caller's own decoding loop after a forward with pixels: its mask and its positions."""
-    cache = kwargs.get("past_key_values")
-    if not getattr(cache, "is_fsr_pruned", False):
-        return
-    cached = _cached_length(cache)
-    if not cached:  # emptied, and used anew
-        cache.is_fsr_pruned = False
-        return
-    new = input_ids if input_ids is not None else kwargs["inputs_embeds"]
-    expected = cached + new.shape[1]
-    if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] != expected:
-        raise ValueError(
-            f"`attention_mask` has {attention_mask.shape[1]} columns, but the cache of the compressed prompt and the "
-            f"new tokens have {expected}. Its columns are those of the cache, not of the caller's prompt."
-        )
-    if kwargs.get("position_ids") is None:
-        # The stock class would count the entries of the cache, or go on from what another call left behind.
-        offset = cache.fsr_offset.repeat_interleave(len(new) // cache.fsr_offset.shape[-2], dim=-2)
-        kwargs["position_ids"] = offset + torch.arange(cached, expected, device=offset.device)
-
-
-def _infer_attention_mask(input_ids: torch.Tensor, options: GenerationConfig) -> torch.Tensor:
-    """The mask that transformers would infer: from padding, if the prompt has any and it is not EOS."""
-    pad, eos = options.pad_token_id, options.eos_token_id
-    eos = eos if isinstance(eos, list) else [eos]
-    if pad is None or pad in eos:
-        return torch.ones_like(input_ids)
-    return input_ids.ne(pad).long()
+def _reads_text_positions(model: Any) -> bool:
+    """Whether `model` is one of text, with positions of one axis."""
+    stock = GenerationMixin._prepare_position_ids_for_generation
+    return model is not None and type(model)._prepare_position_ids_for_generation is stock

@@ -1,64 +1,45 @@
 """LLaVA-Video with FSR."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedConfig
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
+from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionModel
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_fsr_llava_video import FSRLlavaVideoConfig
 from ..configuration.remote_code import RemoteCodeMixin
-from .anyres import check_views, list_sizes, newlines_of_rows
+from .anyres import check_views, list_sizes, split_views
+from .checkpoint_keys import register_stock_keys
+from .compression import FSRModelMixin
 from .generation import FSRGenerationMixin
-from .offload import own_weights
-from .pools import VisualPools, pool_views
-from .prompt import VisualItem, find_visual_items
-from .saliency import attention_received
+from .offload import offloaded_params_loaded
+from .pools import VisualTokens
+from .prompt import VisualItem
+from .saliency import attention_received, resolve_feature_layer
 
 
-__all__ = ["FSRLlavaVideoForConditionalGeneration"]
+__all__ = ["FSRLlavaVideoForConditionalGeneration", "FSRLlavaVideoModel"]
+
+_IMAGE_INPUTS = ("image_sizes", "batch_num_images", "vision_aspect_ratio")
 
 
-class _Layout(NamedTuple):
-    """
-    What the run of placeholders of an image or a video holds, from its shape alone.
-
-    Args:
-        grid (`torch.LongTensor` of shape `(placeholders, 3)`): View or frame, row, column; column -1 is a newline.
-        view (`torch.LongTensor` of shape `(placeholders,)`): Its pool, if views are pools; -1 is a newline.
-        newline (`torch.LongTensor` of shape `(placeholders,)`): Place of the newline that ends its row, -1 for none.
-    """
-
-    grid: torch.Tensor
-    view: torch.Tensor
-    newline: torch.Tensor
-
-
-class FSRLlavaVideoForConditionalGeneration(
-    RemoteCodeMixin, FSRGenerationMixin, LlavaOnevisionForConditionalGeneration
-):
+class FSRLlavaVideoModel(FSRModelMixin, LlavaOnevisionModel):
     """
     LLaVA-Video that keeps the share `fsr_config.retention_ratio` of the visual tokens of each video, or image
     (Focus-Scan-Refine, [arXiv 2602.05809](https://arxiv.org/abs/2602.05809)).
 
-    It is [`LlavaOnevisionForConditionalGeneration`] but for its videos: the patches of each frame are pooled
+    It is [`LlavaOnevisionModel`] but for its videos: the patches of each frame are pooled
     (`config.spatial_pool_mode`), and every row of every frame ends with a newline, which makes 14 x 15 tokens a frame
-    in LLaVA-Video-7B. The stock class ends a whole video with one newline, so it never embeds a video here, pruned or
-    not.
+    in LLaVA-Video-7B. The stock class ends a whole video with one newline.
 
     By default a whole video is one pool, so that Scan leaves out what repeats from frame to frame
-    (`fsr_config.pool="view"`: every frame is a pool of its own), and newlines are dropped
-    (`fsr_config.newline="keep"`: those of rows that still hold a token stay, on top of the budget). A video within its
-    budget stays as it is, newlines included. Tokens are ranked by the attention that their patches receive; there is
-    no relevance to the question.
+    (`fsr_config.pool="view"`: every frame is a pool of its own). Newlines are dropped. A video within its budget stays
+    as it is, newlines included. Tokens are ranked by the attention that their patches receive; there is no relevance
+    to the question.
 
     Args:
         config (`FSRLlavaVideoConfig`):
@@ -68,64 +49,69 @@ class FSRLlavaVideoForConditionalGeneration(
     config_class = FSRLlavaVideoConfig
     config: FSRLlavaVideoConfig
     visual_inputs = (
-        "pixel_values",
-        "image_sizes",
-        "batch_num_images",
-        "vision_aspect_ratio",
-        "pixel_values_videos",
-        "video_num_frames",
-        "image_sizes_videos",
-        "vision_feature_layer",
-        "vision_feature_select_strategy",
+        *("pixel_values", *_IMAGE_INPUTS, "pixel_values_videos", "video_num_frames", "image_sizes_videos"),
+        *("vision_feature_layer", "vision_feature_select_strategy"),
     )
     pixel_inputs = ("pixel_values", "pixel_values_videos")
 
     def __init__(self, config: FSRLlavaVideoConfig):
-        _check_tower(config, config.vision_feature_layer, config.vision_feature_select_strategy)
+        _resolve_layer(config)
         super().__init__(config)
 
     # ------------------------------------------------------------------ what FSR asks of a family
 
-    def placeholder_ids(self) -> list[int]:
-        return [self.config.image_token_id, self.config.video_token_id]
+    def build_items(self, pixel_values=None, pixel_values_videos=None, **visual: Any) -> list[VisualItem]:
+        _resolve_layer(self.config, visual.get("vision_feature_layer"), visual.get("vision_feature_select_strategy"))
+        items = [] if pixel_values is None else self._image_items(pixel_values, **visual)
+        if pixel_values_videos is not None:
+            rows, columns = torch.arange(self._pooled_side), torch.tensor([*range(self._pooled_side), -1])
+            for frames in self._num_frames(pixel_values_videos, visual.get("video_num_frames")):
+                grid = torch.cartesian_prod(torch.arange(frames), rows, columns)
+                items.append(self._make_item("video", grid, grid[:, 0], grid[:, 2] < 0))
+        return items
 
-    def runs_stock(self, visual: dict[str, Any]) -> bool:
-        return visual.get("pixel_values_videos") is None
+    def take_items(self, numbers: dict[str, list[int]], **visual: Any) -> dict[str, Any]:
+        taken = {name: visual.get(name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
+        if numbers["image"]:  # whether an image has tiles depends on the others of its row: all are encoded
+            taken |= {name: visual.get(name) for name in ("pixel_values", *_IMAGE_INPUTS)}
+            taken["image_numbers"] = numbers["image"]
+        if videos := numbers["video"]:
+            frames = torch.tensor(self._num_frames(visual["pixel_values_videos"], visual.get("video_num_frames")))
+            taken |= {"pixel_values_videos": visual["pixel_values_videos"][videos], "video_num_frames": frames[videos]}
+        return taken
 
-    def find_items(self, input_ids: torch.Tensor, **visual: Any) -> list[VisualItem]:
-        self._feature_layer(**visual)
-        images = [len(layout.grid) for layout in self._image_layouts(**visual)]
-        videos = [len(layout.grid) for layout in self._video_layouts(**visual)]
-        items = find_visual_items(input_ids, self.config.image_token_id, images)
-        items += find_visual_items(input_ids, self.config.video_token_id, videos, "video")
-        return sorted(items, key=lambda item: (item.row, item.start))
+    def encode_items(self, items: list[VisualItem], query: None, **visual: Any) -> tuple[VisualTokens, dict[str, Any]]:
+        outputs, encoded = {}, {}
+        for modality in dict.fromkeys(item.modality for item in items):
+            encode = self._encode_images if modality == "image" else self._encode_videos
+            outputs[modality], runs, scores = encode(**visual)
+            encoded[modality] = zip(runs, scores)
+        features, saliency = zip(*(next(encoded[item.modality]) for item in items))
+        return VisualTokens(list(features), torch.cat(saliency)), outputs
 
-    def num_candidates(self, items: list[VisualItem], **visual: Any) -> list[int]:
-        return [int((layout.view >= 0).sum()) for layout in self._layouts(items, **visual)]
-
-    def encode_visuals(self, items: list[VisualItem], query: None, **visual: Any) -> VisualPools:
-        encoded = {"image": self._encode_images(**visual), "video": self._encode_videos(**visual)}
-        runs, saliency = zip(*(next(encoded[item.modality]) for item in items))
-        fsr: Any = self.config.fsr_config
-        layouts = self._layouts(items, **visual)
-        views = [layout.view if fsr.pool == "view" else layout.view.clamp(max=0) for layout in layouts]
-        grids, newlines = [layout.grid for layout in layouts], [layout.newline for layout in layouts]
-        return pool_views(list(runs), views, torch.cat(saliency), None, grids, newlines)
-
-    def _check_query(self, query, fsr, batch_size: int) -> None:
-        if fsr.uses_relevance:
-            raise ValueError(
-                f"`fsr_config.relevance={fsr.relevance!r}` is not supported: no text encoder shares a space with the "
-                'vision tower of LLaVA-Video. Set it to "none": FSR ranks tokens by saliency alone here.'
+    def stock_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # The stock `forward()` has no place for the numbers of frames: it gets tokens of videos in place of pixels.
+        frames = inputs.pop("video_num_frames", None)
+        if inputs.get("pixel_values_videos") is None:
+            return inputs
+        visual = {name: inputs.pop(name) for name in self.visual_inputs if name in inputs}
+        layer = {name: visual.get(name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
+        videos = self.get_video_features(
+            visual["pixel_values_videos"], **layer, video_num_frames=frames, return_dict=True
+        )
+        inputs["mm_encoder_outputs"] = {"video": videos}
+        if visual.get("pixel_values") is not None:
+            names = ("pixel_values", *_IMAGE_INPUTS)
+            inputs["mm_encoder_outputs"]["image"] = self.get_image_features(
+                **{name: visual.get(name) for name in names}, **layer, return_dict=True
             )
+        return inputs
 
-    def _pop_visual(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        visual = super()._pop_visual(kwargs)
-        # Only the host reads these: one copy here in place of one for every item and use.
-        for name in ("image_sizes", "batch_num_images", "video_num_frames"):
-            if visual is not None and isinstance(visual.get(name), torch.Tensor):
-                visual[name] = visual[name].cpu()
-        return visual
+    def make_output(self, modality: str, features: list[torch.Tensor], output: Any) -> Any:
+        kept = super().make_output(modality, features, output)
+        if modality == "video":
+            kept.pooler_output = _as_rows(features)
+        return kept
 
     # ------------------------------------------------------------------ features and saliency
 
@@ -133,9 +119,9 @@ class FSRLlavaVideoForConditionalGeneration(
     def get_video_features(
         self,
         pixel_values_videos: torch.Tensor,
-        video_num_frames: torch.LongTensor | None = None,
         vision_feature_layer: int | None = None,
         vision_feature_select_strategy: str | None = None,
+        video_num_frames: torch.Tensor | None = None,
         **kwargs,
     ):
         """
@@ -148,66 +134,63 @@ class FSRLlavaVideoForConditionalGeneration(
                 How many of them are frames of the video; the others are padding.
 
         Returns:
-            The output of the vision tower. Its `pooler_output` holds for each video the tokens that fill its run of
-            placeholders, newlines included: `(frames * rows * (columns + 1), hidden_size)`.
+            The output of the vision tower. Its `pooler_output` holds what fills the placeholders of the videos, one
+            after the other, newlines included: `(sum of frames * rows * (columns + 1), 1, hidden_size)`. (As
+            `(1, tokens, hidden_size)`, beams would give the rows of a batch each other's tokens.)
         """
-        layer = self._feature_layer(vision_feature_layer, vision_feature_select_strategy)
-        num_frames = self._num_frames(pixel_values_videos, video_num_frames)
-        frames = torch.cat([video[:number] for video, number in zip(pixel_values_videos, num_frames)])
-        # An index of 5.17 counts the outputs of blocks, later ones count the input of the first block, too.
-        states = [layer - 2, layer - 1, layer] if layer > 1 else True
-        outputs = self.model.vision_tower(frames, **{"output_hidden_states": states, **kwargs}, return_dict=True)
-        with own_weights(self.model):
-            features = self._pool(self.model.multi_modal_projector(self._hidden_state(outputs, layer)))
-            newlines = self.model.image_newline.to(features).expand(*features.shape[:2], 1, -1)
-            features = torch.cat([features, newlines], dim=2)  # [frames, rows, columns + 1, D]
-        outputs.pooler_output = [video.flatten(0, 2) for video in features.split(num_frames)]
+        layer = _resolve_layer(self.config, vision_feature_layer, vision_feature_select_strategy)
+        numbers = self._num_frames(pixel_values_videos, video_num_frames)
+        frames = torch.cat([video[:number] for video, number in zip(pixel_values_videos, numbers)])
+        asked = kwargs.pop("output_hidden_states", None)
+        outputs = self.vision_tower(frames, **{**kwargs, "output_hidden_states": asked or [layer]}, return_dict=True)
+        with offloaded_params_loaded(self):
+            features = self._pool(self.multi_modal_projector(outputs.hidden_states[layer]))
+            newlines = self.image_newline.to(features).expand(*features.shape[:2], 1, -1)
+            outputs.pooler_output = torch.cat([features, newlines], dim=2).flatten(0, 2)[:, None]
         return outputs
 
-    def _encode_videos(self, pixel_values_videos: torch.Tensor | None = None, **visual: Any):
-        """For each video, its tokens `(placeholders, hidden_size)` and their saliency `(placeholders,)`."""
-        if pixel_values_videos is None:
-            return
-        layer = self._feature_layer(**visual)
-        outputs = self.get_video_features(pixel_values_videos, visual.get("video_num_frames"), layer)
-        saliency = self._pool(self._saliency(layer, self._hidden_state(outputs, layer - 1))[..., None])
+    def _encode_videos(self, pixel_values_videos, video_num_frames=None, vision_feature_layer=None, **visual):
+        layer = _resolve_layer(self.config, vision_feature_layer)
+        outputs = self.get_video_features(
+            pixel_values_videos,
+            layer,
+            video_num_frames=video_num_frames,
+            output_hidden_states=[layer - 1, layer],
+            return_dict=True,
+        )
+        saliency = self._pool(self._saliency(layer, outputs.hidden_states[layer - 1])[..., None])
         saliency = nn.functional.pad(saliency, (0, 0, 0, 1)).flatten()  # [placeholders of all videos]
-        yield from zip(outputs.pooler_output, saliency.split([len(run) for run in outputs.pooler_output]))
+        area = self._pooled_side * (self._pooled_side + 1)
+        lengths = [frames * area for frames in self._num_frames(pixel_values_videos, video_num_frames)]
+        return outputs, outputs.pooler_output[:, 0].split(lengths), saliency.split(lengths)
 
-    def _encode_images(self, pixel_values: torch.Tensor | None = None, **visual: Any):
-        """For each image, its tokens `(placeholders, hidden_size)` and their saliency `(placeholders,)`."""
-        if pixel_values is None:
-            return
-        layer = self._feature_layer(**visual)
-        names = ("image_sizes", "batch_num_images", "vision_aspect_ratio")
-        with own_weights(self.model):
+    def _encode_images(self, pixel_values, vision_feature_layer=None, image_numbers=None, **visual):
+        layer = _resolve_layer(self.config, vision_feature_layer)
+        with offloaded_params_loaded(self):
             outputs = self.get_image_features(
                 pixel_values,
-                **{name: visual.get(name) for name in names},
+                **{name: visual.get(name) for name in _IMAGE_INPUTS},
                 vision_feature_layer=layer,
                 output_hidden_states=[layer - 1, layer],
                 return_dict=True,
             )
-        saliency = self._saliency(layer, self._hidden_state(outputs, layer - 1))[..., None]  # [views, area, 1]
-        num_views = [1 + rows * columns for rows, columns in self._tiles(**visual)]
-        packed = self._pack(saliency.split(num_views), saliency.new_zeros(1), **visual)
-        yield from zip(outputs.pooler_output, (score[:, 0] for score in packed))
+        saliency = self._saliency(layer, outputs.hidden_states[layer - 1])[..., None]  # [views, area, 1]
+        tiles = self._tiles(visual["image_sizes"], visual.get("batch_num_images"))
+        views = saliency.split([1 + rows * columns for rows, columns in tiles])
+        packed = self._pack(views, saliency.new_zeros(1), **visual)
+        numbers = range(len(tiles)) if image_numbers is None else image_numbers
+        return outputs, [outputs.pooler_output[n] for n in numbers], [packed[n][:, 0] for n in numbers]
 
-    def _hidden_state(self, outputs: Any, number: int) -> torch.Tensor:
-        """The input of block `number`, or of what follows the last; that of the first may be missing in `outputs`."""
-        missing = self.config.vision_config.num_hidden_layers + 1 - len(outputs.hidden_states)
-        return outputs.hidden_states[number - missing]
-
+    @torch.no_grad()
     def _saliency(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """Attention that each patch of a view receives in the block whose output is `layer`: `(views, area)`."""
-        block = self.model.vision_tower.encoder.layers[layer - 1]
+        block = self.vision_tower.encoder.layers[layer - 1]
         attention = block.self_attn
-        with torch.no_grad():
-            hidden_states = block.layer_norm1(hidden_states)
-            query, key = (
-                project(hidden_states).flatten(0, 1).unflatten(-1, (attention.num_heads, -1))
-                for project in (attention.q_proj, attention.k_proj)
-            )
+        hidden_states = block.layer_norm1(hidden_states)
+        query, key = (
+            project(hidden_states).flatten(0, 1).unflatten(-1, (attention.num_heads, -1))
+            for project in (attention.q_proj, attention.k_proj)
+        )
         views, area, _ = hidden_states.shape
         return attention_received(query, key, [area] * views, attention.scale).view(views, area)
 
@@ -219,14 +202,6 @@ class FSRLlavaVideoForConditionalGeneration(
         else:
             grid = nn.functional.interpolate(grid, size=[self._pooled_side] * 2, mode="bilinear")
         return grid.permute(0, 2, 3, 1)
-
-    def _feature_layer(
-        self, vision_feature_layer: int | None = None, vision_feature_select_strategy: str | None = None, **_: Any
-    ) -> int:
-        """The block, counted from 1, whose output becomes the features."""
-        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        _check_tower(self.config, layer, vision_feature_select_strategy or "full")
-        return layer % (self.config.vision_config.num_hidden_layers + 1)
 
     # ------------------------------------------------------------------ layouts, from shapes alone
 
@@ -240,22 +215,10 @@ class FSRLlavaVideoForConditionalGeneration(
         """Tokens on a side of a frame."""
         return self._side // 2 if self.config.spatial_pool_mode == "average" else math.ceil(self._side / 2)
 
-    def _layouts(self, items: list[VisualItem], **visual: Any) -> list[_Layout]:
-        layouts = {"image": iter(self._image_layouts(**visual)), "video": iter(self._video_layouts(**visual))}
-        return [next(layouts[item.modality]) for item in items]
-
-    def _video_layouts(
-        self, pixel_values_videos: torch.Tensor | None = None, video_num_frames: torch.Tensor | None = None, **_: Any
-    ) -> list[_Layout]:
-        if pixel_values_videos is None:
-            return []
-        rows, columns = torch.arange(self._pooled_side), torch.tensor([*range(self._pooled_side), -1])
-        layouts = []
-        for number in self._num_frames(pixel_values_videos, video_num_frames):
-            grid = torch.cartesian_prod(torch.arange(number), rows, columns)
-            is_newline = grid[:, 2] < 0
-            layouts.append(_Layout(grid, grid[:, 0].masked_fill(is_newline, -1), newlines_of_rows(is_newline)))
-        return layouts
+    def _make_item(self, modality: str, grid: torch.Tensor, view: torch.Tensor, is_newline: torch.Tensor):
+        fsr: Any = self.config.fsr_config
+        pools = split_views(view if fsr.pool == "view" else view * 0, is_newline)
+        return VisualItem(modality, grid, pools)
 
     def _num_frames(self, pixel_values_videos: torch.Tensor, video_num_frames: torch.Tensor | None) -> list[int]:
         """Frames of each video."""
@@ -266,9 +229,8 @@ class FSRLlavaVideoForConditionalGeneration(
                 f"is {shape}. The model's processor makes it."
             )
         if video_num_frames is None:
-            numbers = [shape[1]] * shape[0]
-        else:
-            numbers = torch.as_tensor(video_num_frames).tolist()
+            return [shape[1]] * shape[0]
+        numbers = torch.as_tensor(video_num_frames).tolist()
         if len(numbers) != shape[0] or not all(1 <= number <= shape[1] for number in numbers):
             raise ValueError(
                 f"`video_num_frames` is {numbers}, and `pixel_values_videos` of shape {shape} holds {shape[0]} videos "
@@ -276,43 +238,35 @@ class FSRLlavaVideoForConditionalGeneration(
             )
         return numbers
 
-    def _image_layouts(self, pixel_values: torch.Tensor | None = None, **visual: Any) -> list[_Layout]:
-        if pixel_values is None:
-            return []
-        tiles = self._tiles(**visual)
+    def _image_items(self, pixel_values, image_sizes=None, batch_num_images=None, **visual) -> list[VisualItem]:
+        tiles = self._tiles(image_sizes, batch_num_images)
         check_views(pixel_values, [1 + rows * columns for rows, columns in tiles])
         # The stock class packs, for each patch, whether it is of a tile, its row and its column as if they were a
         # feature. Rows and columns count on from tile to tile, since it interpolates a large picture as a whole.
-        patches = torch.cartesian_prod(torch.arange(self._side), torch.arange(self._side)).double()
+        side, patches = self._side, torch.cartesian_prod(torch.arange(self._side), torch.arange(self._side)).double()
         parts = []
         for rows, columns in tiles:
-            corners = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))[:, None] * self._side
+            corners = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))[:, None] * side
             views = [(0.0, patches[None]), (1.0, corners + patches)]
             parts.append(torch.cat([nn.functional.pad(view, (1, 0), value=is_tile) for is_tile, view in views]))
-        runs = self._pack(parts, torch.full((3,), -1.0, dtype=torch.double), **visual)
-        return [self._image_layout(run, columns) for run, (_, columns) in zip(runs, tiles)]
+        items = []
+        packed = self._pack(parts, torch.full((3,), -1.0, dtype=torch.double), image_sizes, **visual)
+        for run, (_, columns) in zip(packed, tiles):
+            nearest = run.round().long()  # an interpolated token goes by the nearest patch
+            is_tile, row, column = nearest.unbind(-1)
+            is_newline = is_tile < 0
+            view = torch.where(is_tile > 0, 1 + row // side * columns + column // side, 0)
+            grid = torch.stack([view, row % side, column % side], dim=-1).masked_fill(is_newline[:, None], -1)
+            is_interpolated = not torch.equal(run, nearest.double())  # tokens between patches, maybe of two views
+            items.append(self._make_item("image", grid, view * 0 if is_interpolated else view, is_newline))
+        return items
 
-    def _image_layout(self, run: torch.Tensor, columns: int) -> _Layout:
-        """The layout of an image whose tiles stand in `columns`; an interpolated token goes by the nearest patch."""
-        side, nearest = self._side, run.round().long()
-        is_tile, row, column = nearest.unbind(-1)
-        is_newline = is_tile < 0
-        view = torch.where(is_tile > 0, 1 + row // side * columns + column // side, 0).masked_fill(is_newline, -1)
-        grid = torch.stack([view, row % side, column % side], dim=-1).masked_fill(is_newline[:, None], -1)
-        if not torch.equal(run, nearest.double()):  # tokens between patches, which may be of two views
-            view = view.clamp(max=0)
-        return _Layout(grid, view, newlines_of_rows(is_newline, first=side**2 if columns else 0))
-
-    def _pack(
-        self, parts, newline: torch.Tensor, image_sizes=None, vision_aspect_ratio: str | None = None, **_: Any
-    ) -> list[torch.Tensor]:
+    def _pack(self, parts, newline: torch.Tensor, image_sizes=None, vision_aspect_ratio=None, **_: Any):
         """What the stock class makes of the views of each image: `(views, area, size)` to `(placeholders, size)`."""
-        if not parts:
-            return []
         ratio = vision_aspect_ratio or self.config.vision_aspect_ratio
-        return self.model.pack_image_features(parts, list_sizes(image_sizes), newline, vision_aspect_ratio=ratio)[0]
+        return self.pack_image_features(parts, list_sizes(image_sizes), newline, vision_aspect_ratio=ratio)[0]
 
-    def _tiles(self, image_sizes=None, batch_num_images=None, **_: Any) -> list[tuple[int, int]]:
+    def _tiles(self, image_sizes=None, batch_num_images=None) -> list[tuple[int, int]]:
         """Rows and columns of the tiles of each image; none where a row of the prompt has more than one image."""
         sizes, side = list_sizes(image_sizes), self.config.vision_config.image_size
         numbers = [1] * len(sizes) if batch_num_images is None else torch.as_tensor(batch_num_images).tolist()
@@ -326,122 +280,65 @@ class FSRLlavaVideoForConditionalGeneration(
             for size, split in zip(sizes, has_tiles)
         ]
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        image_sizes_videos: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        vision_feature_layer: int | None = None,
-        vision_feature_select_strategy: str | None = None,
-        vision_aspect_ratio: str | None = None,
-        batch_num_images: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        video_num_frames: torch.LongTensor | None = None,
-        num_visual_tokens: int | None = None,
-        retention_ratio: float | None = None,
-        fsr_enabled: bool | None = None,
-        mm_encoder_outputs: dict | None = None,  # `generate` of the stock class encodes images ahead
-        **kwargs,
-    ):
-        r"""
-        As [`LlavaOnevisionForConditionalGeneration.forward`]. With `pixel_values` or `pixel_values_videos` the prompt
-        is compressed first: the loss is that of the compressed sequence, where labels on placeholders never count;
-        `logits` stand at the caller's positions, zeros at dropped ones, and `logits_to_keep` means those;
-        `hidden_states`, `attentions` and `past_key_values` have the compressed length. `position_ids`, packed
-        sequences and `inputs_embeds` cannot stand beside pixels.
 
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(images, max_views, channels, height, width)`):
-                Base view and tiles of each image, padded with views that nothing looks at; or all views in one
-                `(views, channels, height, width)`.
-            image_sizes (`torch.LongTensor` of shape `(images, 2)`):
-                Height and width of each image before preprocessing.
-            batch_num_images (`torch.LongTensor`, *optional*):
-                Images in each row that has any. Where there are more than one, they have no tiles.
-            pixel_values_videos (`torch.FloatTensor` of shape `(videos, frames, channels, height, width)`):
-                The frames of each video.
-            video_num_frames (`torch.LongTensor` of shape `(videos,)`, *optional*):
-                How many of them are frames of the video; the others are padding.
-            num_visual_tokens (`int`, *optional*):
-                Budget of each image or video for this call.
-            retention_ratio (`float`, *optional*):
-                The same as a share of its tokens.
-            fsr_enabled (`bool`, *optional*):
-                Whether to prune in this call.
-
-        Example:
-
-        ```python
-        >>> from transformers import AutoModel, AutoProcessor
-
-        >>> model = AutoModel.from_pretrained("org/LLaVA-Video-7B-Qwen2-fsr", trust_remote_code=True)
-        >>> processor = AutoProcessor.from_pretrained("org/LLaVA-Video-7B-Qwen2-fsr", trust_remote_code=True)
-        >>> content = [{"type": "video", "path": "video.mp4"}, {"type": "text", "text": "What happens?"}]
-        >>> inputs = processor.apply_chat_template(
-        ...     [{"role": "user", "content": content}],
-        ...     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        ...     processor_kwargs={"num_frames": 32},
-        ... )
-        >>> out = model.generate(**inputs, max_new_tokens=64)
-        ```
-        """
-        if video_num_frames is not None:  # no input of the stock class
-            kwargs["video_num_frames"] = video_num_frames
-        return super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            pixel_values_videos=pixel_values_videos,
-            image_sizes_videos=image_sizes_videos,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            vision_aspect_ratio=vision_aspect_ratio,
-            batch_num_images=batch_num_images,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            num_visual_tokens=num_visual_tokens,
-            retention_ratio=retention_ratio,
-            fsr_enabled=fsr_enabled,
-            mm_encoder_outputs=mm_encoder_outputs,
-            **kwargs,
-        )
-
-
-def _check_tower(config: PreTrainedConfig, layer, strategy) -> None:
+class FSRLlavaVideoForConditionalGeneration(
+    RemoteCodeMixin, FSRGenerationMixin, LlavaOnevisionForConditionalGeneration
+):
     """
+    [`LlavaOnevisionForConditionalGeneration`] on an [`FSRLlavaVideoModel`]: `generate()` and `forward()` prune the
+    visual tokens of each video and image.
+
+    Args:
+        config (`FSRLlavaVideoConfig`):
+            As for [`FSRLlavaVideoModel`].
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModel, AutoProcessor
+
+    >>> model = AutoModel.from_pretrained("org/LLaVA-Video-7B-Qwen2-fsr", trust_remote_code=True)
+    >>> processor = AutoProcessor.from_pretrained("org/LLaVA-Video-7B-Qwen2-fsr", trust_remote_code=True)
+    >>> content = [{"type": "video", "path": "video.mp4"}, {"type": "text", "text": "What happens?"}]
+    >>> inputs = processor.apply_chat_template(
+    ...     [{"role": "user", "content": content}],
+    ...     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    ...     processor_kwargs={"num_frames": 32},
+    ... )
+    >>> out = model.generate(**inputs, max_new_tokens=64)
+    ```
+    """
+
+    config_class = FSRLlavaVideoConfig
+    config: FSRLlavaVideoConfig
+    inner_class = FSRLlavaVideoModel
+
+
+def _as_rows(features: list[torch.Tensor]) -> torch.Tensor:
+    """Tokens of videos `(kept, hidden_size)` as the stock class takes them, so that beams split them by rows."""
+    return torch.cat(features)[:, None]
+
+
+def _resolve_layer(config: Any, layer: Any = None, strategy: str | None = None) -> int:
+    """
+    The block, counted from 1, whose output becomes the features.
+
     Raises:
         `ValueError`: for a tower or a choice of features whose tokens are not the patches that a block's attention is
             received by.
     """
-    tower, depth = config.vision_config.model_type, config.vision_config.num_hidden_layers
+    tower, strategy = config.vision_config.model_type, strategy or config.vision_feature_select_strategy
     if tower != "siglip_vision_model":
         raise ValueError(
             f'`vision_config.model_type="{tower}"` is not supported: FSR reads saliency from the attention that '
             'patches receive in a SigLIP tower ("siglip_vision_model") in this family.'
-        )
-    if not isinstance(layer, int) or not (1 <= layer <= depth or -depth <= layer <= -1):
-        raise ValueError(
-            f"`vision_feature_layer={layer!r}` is not supported: FSR needs one int that names the output of a block, "
-            f"1 to {depth} or -{depth} to -1, since saliency is the attention of that block."
         )
     if strategy != "full":
         raise ValueError(
             f'`vision_feature_select_strategy="{strategy}"` is not supported: it would drop a patch, since the tower '
             'has no [CLS]. Use "full".'
         )
+    return resolve_feature_layer(config, layer)
 
 
 class _OriginalName(WeightRenaming):
@@ -453,15 +350,11 @@ class _OriginalName(WeightRenaming):
         return WeightRenaming(r"(?!)", "")
 
 
-# transformers knows the layouts of stock classes alone: without this an old checkpoint leaves `lm_head` random.
-register_checkpoint_conversion_mapping(
-    "FSRLlavaVideoForConditionalGeneration",
-    [
-        _OriginalName(r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
-        _OriginalName(r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
-        _OriginalName(r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
-        _OriginalName(r"^model\.(embed_tokens|layers|norm)\.", r"language_model.model.\1."),
-        *get_checkpoint_conversion_mapping("llava_next"),
-    ],
-    overwrite=True,
+_ORIGINAL_NAMES = (
+    _OriginalName(r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
+    _OriginalName(r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    _OriginalName(r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    _OriginalName(r"^model\.(embed_tokens|layers|norm)\.", r"language_model.model.\1."),
 )
+register_stock_keys(FSRLlavaVideoForConditionalGeneration, "llava_next", _ORIGINAL_NAMES)
+register_stock_keys(FSRLlavaVideoModel, "LlavaOnevisionModel")

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from torch import nn
 
 
-__all__ = ["own_weights"]
+__all__ = ["offloaded_params_loaded"]
 
 
 @contextmanager
-def own_weights(module: nn.Module) -> Iterator[None]:
+def offloaded_params_loaded(module: nn.Module) -> Iterator[None]:
     """
     The parameters that `module` holds itself, such as `image_newline`, are at hand in this context, in which a method
     reads them and the module is not called. Modules within it need no help: they are called.

@@ -1,100 +1,58 @@
 """Pools: which tokens of an image or video compete with each other, and what each item keeps in the end."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .fsr import VisualSelection, select_visual_tokens
+from .fsr import VisualSelection
 from .prompt import VisualItem
 
 
-__all__ = ["VisualPools", "pool_views", "select_from_pools", "split_budget"]
+__all__ = ["KeptTokens", "VisualTokens", "select_from_items", "split_budget"]
 
 
 @dataclass
-class VisualPools:
+class VisualTokens:
     """
-    The visual tokens of a batch as the method sees them: pools of tokens that compete with each other.
+    The visual tokens of some items, and their scores.
 
     Args:
-        features (`torch.FloatTensor` of shape `(pools, tokens, hidden_size)`):
-            Tokens as the language model would receive them.
-        saliency (`torch.FloatTensor` of shape `(pools, tokens)`):
-            Eq. 1.
-        relevance (`torch.FloatTensor` of shape `(pools, tokens)`, *optional*):
-            Eq. 2, higher for what is more relevant.
-        items (`list[int]`):
-            The image or video that each pool belongs to. The pools of one item stand together.
-        sizes (`list[int]`):
-            Real tokens of each pool; they come first, the rest of a row is padding.
-        numbers (`torch.LongTensor` of shape `(pools, tokens)`, *optional*):
-            Position of each token in its item's run of placeholders; `None` if pools are whole items in order.
-        runs (`list[torch.Tensor]`):
-            For each item, the rows of the stock `get_image_features().pooler_output`: `(placeholders, hidden_size)`.
-        grid (`list[torch.Tensor]`):
-            For each item, view or frame, row and column of every placeholder: `(placeholders, 3)`.
-        newlines (`list[torch.Tensor]`, *optional*):
-            For each item, the position in its run of the newline that ends the row of every placeholder, -1 for none:
-            `(placeholders,)`, on the CPU. `None` for a family without newlines.
-    """
-
-    features: torch.Tensor
-    saliency: torch.Tensor
-    relevance: torch.Tensor | None
-    items: list[int]
-    sizes: list[int]
-    numbers: torch.Tensor | None
-    runs: list[torch.Tensor]
-    grid: list[torch.Tensor]
-    newlines: list[torch.Tensor] | None = None
-
-
-def pool_views(
-    runs: list[torch.Tensor],
-    views: list[torch.Tensor],
-    saliency: torch.Tensor,
-    relevance: torch.Tensor | None,
-    grid: list[torch.Tensor],
-    newlines: list[torch.Tensor] | None = None,
-) -> VisualPools:
-    """
-    One pool for each view of each item.
-
-    Args:
-        runs, grid, newlines (`list[torch.Tensor]`):
-            For each item, as in [`VisualPools`].
-        views (`list[torch.LongTensor]`):
-            For each item, the view of every placeholder, on the CPU: `(placeholders,)`; -1 for what is no candidate. A
-            view that is empty has no pool.
+        features (`list[torch.FloatTensor]`):
+            For each item, what the stock model puts into its placeholders: `(placeholders, hidden_size)`.
         saliency (`torch.FloatTensor` of shape `(placeholders of all items,)`):
-            Eq. 1.
+            Eq. 1, item by item. Any number where there is no candidate.
         relevance (`torch.FloatTensor` of shape `(placeholders of all items,)`, *optional*):
-            Eq. 2.
+            Eq. 2, higher for what is more relevant.
     """
-    items, numbers, places, first = [], [], [], 0
-    for item, view_of in enumerate(views):
-        for view in view_of.unique().tolist():
-            if view >= 0:
-                items.append(item)
-                numbers.append((view_of == view).nonzero()[:, 0])
-                places.append(numbers[-1] + first)
-        first += len(view_of)
-    features = torch.cat(list(runs))
-    number, place = (
-        pad_sequence(parts, batch_first=True).to(features.device, non_blocking=True) for parts in (numbers, places)
-    )
-    return VisualPools(
-        features=features[place],
-        saliency=saliency.to(features.device)[place],
-        relevance=None if relevance is None else relevance.to(features.device)[place],
-        items=items,
-        sizes=[len(pool) for pool in numbers],
-        numbers=number,
-        runs=runs,
-        grid=grid,
-        newlines=newlines,
-    )
+
+    features: list[torch.Tensor]
+    saliency: torch.Tensor
+    relevance: torch.Tensor | None = None
+
+
+@dataclass
+class KeptTokens:
+    """
+    What the items keep.
+
+    Args:
+        indices (`torch.LongTensor` of shape `(sum(counts),)`):
+            The kept placeholders of each item, ascending, item by item.
+        features (`torch.FloatTensor` of shape `(sum(counts), hidden_size)`):
+            Their tokens after Refine.
+        counts (`list[int]`):
+            How many each item keeps.
+        selections (`list[VisualSelection]`, *optional*):
+            One for each item, if asked for.
+    """
+
+    indices: torch.Tensor
+    features: torch.Tensor
+    counts: list[int]
+    selections: list[VisualSelection] | None = None
 
 
 def split_budget(budget: int, sizes: list[int]) -> list[int]:
@@ -107,145 +65,123 @@ def split_budget(budget: int, sizes: list[int]) -> list[int]:
     return shares
 
 
-def select_from_pools(
-    pools: VisualPools,
+def select_from_items(
+    tokens: VisualTokens,
     items: list[VisualItem],
     budgets: list[int],
-    is_pruned: list[bool],
-    fsr,
+    fsr: Any,
+    selector: Callable[..., VisualSelection],
     return_selections: bool,
-):
+) -> KeptTokens:
     """
-    Select within every pool, and put the pools of an item together again.
+    Select within every pool, and put the pools of an item together again. An item within its budget stays whole.
 
-    Returns:
-        The kept tokens of all items, one after the other, as positions in their runs `(sum(kept),)` and features
-        `(sum(kept), hidden_size)`; how many each item keeps; and the [`VisualSelection`] of each item, if asked for.
+    Args:
+        budgets (`list[int]`):
+            Tokens that each item may keep.
+        fsr (`FSRConfig`):
+            The hyper-parameters.
+        selector (`Callable`):
+            [`select_visual_tokens`], or what stands for it.
+        return_selections (`bool`):
+            Whether to make a [`VisualSelection`] for each item, also for those within their budget.
     """
-    if not any(is_pruned) and not return_selections:
-        return *_whole_runs(pools), None
-    device = pools.features.device
-    num_pools, width, _ = pools.features.shape
-    members = [[pool for pool, owner in enumerate(pools.items) if owner == item] for item in range(len(items))]
-    pool_budgets = [0] * num_pools
-    for item, budget in enumerate(budgets):
-        if not is_pruned[item] and not return_selections:
-            continue  # its run stays whole; selecting all of it would take the most steps of all
-        sizes = [pools.sizes[pool] for pool in members[item]]
-        for pool, share in zip(members[item], split_budget(budget, sizes)):
-            pool_budgets[pool] = share
-    is_uniform = len(set(pool_budgets)) == 1 and set(pools.sizes) == {width}
-    if is_uniform:
-        mask, number, most = None, pool_budgets[0], None
+    features = torch.cat(tokens.features)
+    device = features.device
+    is_pruned = [budget < item.num_candidates for item, budget in zip(items, budgets)]
+    starts = torch.tensor([0, *(item.length for item in items)])[:-1].cumsum(0).tolist()
+    # The pools of the items that are selected from: owner, placeholders and budget of each.
+    owners, positions, pool_budgets = [], [], []
+    for number, item in enumerate(items):
+        if is_pruned[number] or return_selections:
+            owners += [number] * len(item.pools)
+            positions += item.pools
+            pool_budgets += split_budget(min(budgets[number], item.num_candidates), [len(pool) for pool in item.pools])
+    if not owners:
+        counts = [item.length for item in items]
+        return KeptTokens(_ranges(counts, device), features, counts)
+
+    sizes = [len(pool) for pool in positions]
+    position = pad_sequence(positions, batch_first=True)  # [pools, tokens]: placeholder of its item
+    place = position + torch.tensor([starts[owner] for owner in owners])[:, None]  # placeholder of all items
+    position, place = (tensor.to(device, non_blocking=True) for tensor in (position, place))
+    width = position.shape[1]
+    if len(set(pool_budgets)) == 1 and set(sizes) == {width}:
+        mask, budget, max_budget = None, pool_budgets[0], None
     else:
-        sizes = torch.tensor(pools.sizes).to(device, non_blocking=True)
-        mask = torch.arange(width, device=device) < sizes[:, None]
-        number, most = torch.tensor(pool_budgets).to(device, non_blocking=True), max(pool_budgets)
-    selection = select_visual_tokens(
-        pools.features,
-        pools.saliency,
-        pools.relevance,
-        number,
+        mask = torch.arange(width, device=device) < torch.tensor(sizes).to(device, non_blocking=True)[:, None]
+        budget, max_budget = torch.tensor(pool_budgets).to(device, non_blocking=True), max(pool_budgets)
+    selection = selector(
+        features[place],
+        tokens.saliency.to(device)[place],
+        None if tokens.relevance is None else tokens.relevance.to(device)[place],
+        budget,
         mask=mask,
         alpha=fsr.alpha,
         beta=fsr.beta,
         rho=fsr.rho,
+        focus_limit=fsr.focus_limit,
         kappa=fsr.kappa,
         focus_mass=fsr.focus_mass,
-        max_num_visual_tokens=most,
+        max_num_visual_tokens=max_budget,
     )
-    numbers = pools.numbers if pools.numbers is not None else torch.arange(width, device=device).expand(num_pools, -1)
-    kept_numbers = numbers.gather(1, selection.indices.clamp(min=0))
-    kept = [sum(pool_budgets[pool] for pool in members[item]) for item in range(len(items))]
-    if not any(is_pruned):
-        indices, features, kept = _whole_runs(pools)
-    elif is_uniform and pools.numbers is None:
-        indices, features = kept_numbers.flatten(), selection.features.flatten(0, 1)
-    else:
-        indices, features, kept = _join_pools(pools, selection, kept_numbers, pool_budgets, is_pruned)
-    if any(is_pruned) and pools.newlines is not None and fsr.newline == "keep":
-        indices, features, kept = _add_newlines(pools, indices, features, kept)
+
+    # Kept tokens as slots of the flattened selection, known on the host; then those of items within their budget.
+    slots = torch.cat([torch.arange(n) + pool * selection.indices.shape[1] for pool, n in enumerate(pool_budgets)])
+    slots = slots.to(device, non_blocking=True)
+    kept_position = position.gather(1, selection.indices.clamp(min=0)).flatten()[slots]
+    kept_features = selection.features.flatten(0, 1)[slots]
+    slot_owners = torch.tensor(owners).repeat_interleave(torch.tensor(pool_budgets))
     selections = None
     if return_selections:
         selections = [
-            _item_selection(pools, selection, kept_numbers, numbers, pool_budgets, members[item], item, items[item])
-            for item in range(len(items))
+            _item_selection(selection, position, owners, sizes, slot_owners, slots, kept_position, number, item)
+            for number, item in enumerate(items)
         ]
-    return indices, features, kept, selections
+        in_pruned = torch.tensor(is_pruned)[slot_owners]
+        chosen = in_pruned.nonzero()[:, 0].to(device, non_blocking=True)
+        kept_position, kept_features, slot_owners = (
+            kept_position[chosen],
+            kept_features[chosen],
+            slot_owners[in_pruned],
+        )
+    whole = [item.length if not pruned else 0 for item, pruned in zip(items, is_pruned)]
+    counts = [item.length if not pruned else budget for item, pruned, budget in zip(items, is_pruned, budgets)]
+    all_owners = torch.cat([slot_owners, torch.arange(len(items)).repeat_interleave(torch.tensor(whole))])
+    start = torch.tensor(starts)[all_owners].to(device, non_blocking=True)
+    kept_position = torch.cat([kept_position, _ranges(whole, device)])
+    whole_places = torch.cat([torch.arange(n) + s for n, s in zip(whole, starts)]).to(device, non_blocking=True)
+    kept_features = torch.cat([kept_features, features[whole_places].to(kept_features.dtype)])
+    order = (kept_position + start).argsort()
+    return KeptTokens(kept_position[order], kept_features[order], counts, selections)
 
 
-def _whole_runs(pools):
-    """The tokens of every item, newlines and all."""
-    kept = [len(run) for run in pools.runs]
-    indices = torch.cat([torch.arange(number) for number in kept]).to(pools.features.device, non_blocking=True)
-    return indices, torch.cat(list(pools.runs)), kept
+def _ranges(lengths: list[int], device: torch.device) -> torch.Tensor:
+    return torch.cat([torch.arange(length) for length in lengths]).to(device, non_blocking=True)
 
 
-def _join_pools(pools, selection, kept_numbers, pool_budgets, is_pruned):
-    """The kept tokens of every item in the order of its run; an item within its budget keeps its whole run."""
-    device, width = kept_numbers.device, kept_numbers.shape[1]
-    places, owners = [], []
-    for pool, budget in enumerate(pool_budgets):
-        if is_pruned[pools.items[pool]]:
-            places.append(torch.arange(pool * width, pool * width + budget))
-            owners.append(torch.full((budget,), pools.items[pool]))
-    places, owners = (torch.cat(parts).to(device, non_blocking=True) for parts in (places, owners))
-    indices, features = [kept_numbers.flatten()[places]], [selection.features.flatten(0, 1)[places]]
-    owners = [owners]
-    kept = [0] * len(is_pruned)
-    for pool, budget in enumerate(pool_budgets):
-        kept[pools.items[pool]] += budget
-    for item, run in enumerate(pools.runs):
-        if not is_pruned[item]:
-            kept[item] = len(run)
-            indices.append(torch.arange(len(run), device=device))
-            features.append(run.to(pools.features))
-            owners.append(torch.full((len(run),), item, device=device))
-    indices, features, owners = (torch.cat(parts) for parts in (indices, features, owners))
-    order = (owners * max(len(run) for run in pools.runs) + indices).argsort()
-    return indices[order], features[order], kept
-
-
-def _add_newlines(pools, indices, features, kept):
-    """
-    The kept tokens, and the newline of every row that holds one. How many rows do depends on the scores, so the host
-    waits for the device once.
-    """
-    lengths = [len(run) for run in pools.runs]
-    total = sum(lengths)
-    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-    ends = torch.cat([line.where(line < 0, line + start) for line, start in zip(pools.newlines, starts)])
-    ends = ends.where(ends >= 0, total).to(indices.device, non_blocking=True)  # `total` stands for none
-    places = indices + starts.repeat_interleave(torch.tensor(kept)).to(indices.device, non_blocking=True)
-
-    runs = torch.cat(pools.runs).to(features).index_copy(0, places, features)
-    is_kept = torch.zeros(total + 1, dtype=torch.bool, device=indices.device)
-    is_kept = is_kept.index_fill(0, places, True).index_fill(0, ends[places], True)[:total].cpu()
-    rows = [chosen.nonzero()[:, 0] for chosen in is_kept.split(lengths)]
-    indices = torch.cat(rows).to(indices.device, non_blocking=True)
-    features = runs[is_kept.nonzero()[:, 0].to(runs.device, non_blocking=True)]
-    return indices, features, [len(row) for row in rows]
-
-
-def _item_selection(pools, selection, kept_numbers, numbers, pool_budgets, members, number, item) -> VisualSelection:
-    """The [`VisualSelection`] of one image or video, in positions of its run."""
-    device = kept_numbers.device
-    indices = torch.cat([kept_numbers[pool, : pool_budgets[pool]] for pool in members])
-    order = indices.argsort()
+def _item_selection(
+    selection, position, owners, sizes, slot_owners, slots, kept_position, number, item
+) -> VisualSelection:
+    """The [`VisualSelection`] of one image or video, in placeholders of the item."""
+    device = position.device
+    members = (slot_owners == number).nonzero()[:, 0].to(device, non_blocking=True)
+    order = members[kept_position[members].argsort()]
     priority = torch.zeros(item.length, device=device)
     merged_into = torch.full((item.length,), -1, device=device)
-    for pool in members:
-        own = numbers[pool, : pools.sizes[pool]]
-        anchor = selection.merged_into[pool, : pools.sizes[pool]]
-        priority[own] = selection.priority[pool, : pools.sizes[pool]]
-        merged_into[own] = numbers[pool, anchor.clamp(min=0)].where(anchor >= 0, -1)
+    for pool, owner in enumerate(owners):
+        if owner == number:
+            own = position[pool, : sizes[pool]]
+            anchor = selection.merged_into[pool, : sizes[pool]]
+            priority[own] = selection.priority[pool, : sizes[pool]]
+            merged_into[own] = position[pool, anchor.clamp(min=0)].where(anchor >= 0, -1)
     return VisualSelection(
-        indices=indices[order],
-        is_focus=torch.cat([selection.is_focus[pool, : pool_budgets[pool]] for pool in members])[order],
-        features=torch.cat([selection.features[pool, : pool_budgets[pool]] for pool in members])[order],
+        indices=kept_position[order],
+        is_focus=selection.is_focus.flatten()[slots[order]],
+        features=selection.features.flatten(0, 1)[slots[order]],
         priority=priority,
         merged_into=merged_into,
-        grid=pools.grid[number],
+        grid=item.grid,
         modality=item.modality,
         row=item.row,
     )

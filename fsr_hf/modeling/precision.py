@@ -1,4 +1,4 @@
-"""Matrix products of scores, which are float32 whatever the model's dtype."""
+"""Scores and cosines are computed in float32, under autocast too."""
 
 import torch
 
@@ -7,6 +7,7 @@ __all__ = ["without_autocast"]
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
-    """A context in which products on `device` keep their precision. The meta device has no autocast to turn off."""
+    """A context that turns autocast off on `device`."""
+    # The meta device has no autocast; `torch.autocast` refuses its name, so another device stands in.
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type if known else "cpu", enabled=False)

@@ -1,165 +1,105 @@
 """
-A prompt without the dropped placeholders: ids, mask, positions, labels, and the way back to the caller's positions.
+A prompt without the dropped placeholders: which columns stay, ids, mask and positions, and the way back to the
+caller's positions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from .fsr import VisualSelection
 
-__all__ = ["CompressedPrompt", "PromptLayout", "VisualItem", "find_visual_items", "lay_out", "restore_logits"]
+
+__all__ = ["CompressedPrompt", "VisualItem", "carry_states", "place_items", "select_columns"]
 
 
 @dataclass
 class VisualItem:
     """
-    One image or video in the caller's prompt: a run of placeholders.
+    One image or video: what a family knows of it from shapes alone, and its place in the prompt. All tensors are on
+    the CPU.
 
     Args:
         modality (`str`):
             `"image"` or `"video"`.
-        row (`int`):
-            Row of the batch.
-        start (`int`):
-            First column of the run.
-        length (`int`):
-            Placeholders in the run.
+        grid (`torch.LongTensor` of shape `(placeholders, 3)`):
+            View or frame, row and column of every placeholder; -1 for a newline.
+        pools (`list[torch.LongTensor]`):
+            Which placeholders of the item compete with each other. A placeholder in no pool (a newline) is no
+            candidate, and is dropped when the item is pruned.
+        run_lengths (`list[int]`, *optional*):
+            Placeholders of each of its runs. By default they are one run.
+        row (`int`, *optional*):
+            Row of the batch, filled in by [`place_items`].
+        columns (`torch.LongTensor` of shape `(placeholders,)`, *optional*):
+            Columns of its placeholders, filled in by [`place_items`].
     """
 
     modality: str
-    row: int
-    start: int
-    length: int
+    grid: torch.Tensor
+    pools: list[torch.Tensor]
+    run_lengths: list[int] = field(default_factory=list)
+    row: int = -1
+    columns: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def __post_init__(self):
+        self.run_lengths = self.run_lengths or [len(self.grid)]
+
+    @property
+    def length(self) -> int:
+        """Placeholders of the item."""
+        return len(self.grid)
+
+    @property
+    def num_candidates(self) -> int:
+        """Tokens that can be kept or dropped."""
+        return sum(len(pool) for pool in self.pools)
 
 
-def find_visual_items(
-    input_ids: torch.Tensor, token_id: int, lengths: list[int], modality: str = "image"
-) -> list[VisualItem]:
+def place_items(input_ids: torch.Tensor, items: list[VisualItem], token_ids: dict[str, int]) -> list[VisualItem]:
     """
-    Match the placeholders of a prompt with the images (or videos) that fill them, in the order of the batch.
+    Find the placeholders that each item fills, in the order of the batch.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, length)`):
             The prompt, on the CPU.
-        token_id (`int`):
-            The placeholder.
-        lengths (`list[int]`):
-            Placeholders that each item needs.
-        modality (`str`, *optional*, defaults to `"image"`):
-            `"image"` or `"video"`.
+        items (`list[VisualItem]`):
+            The images and videos, each modality in the order of its pixels.
+        token_ids (`dict[str, int]`):
+            The placeholder of each modality.
+
+    Returns:
+        The same items with `row` and `columns`, in the order of the prompt.
 
     Raises:
-        ValueError: if the numbers differ, an item would cross into another row, or its placeholders are not one run.
+        ValueError: if the numbers differ, an item would cross into another row, or its placeholders are not the runs
+            that it needs.
     """
-    rows, columns = (input_ids == token_id).nonzero(as_tuple=True)
-    found = len(rows)
-    if found != sum(lengths):
-        per_row = (input_ids == token_id).sum(-1).tolist()
-        raise ValueError(
-            f"{modality.capitalize()} features and {modality} tokens do not match: the prompt has {found} "
-            f"placeholders (id {token_id}; by row: {per_row}), but the {len(lengths)} {modality}s need {sum(lengths)} "
-            f"(each: {lengths}). Build both with the model's processor, and do not truncate the prompt."
-        )
-    items, first = [], 0
-    for number, length in enumerate(lengths):
-        last = first + length - 1
-        row, start = int(rows[first]), int(columns[first])
-        if int(rows[last]) != row or int(columns[last]) != start + length - 1:
+    for modality, token_id in token_ids.items():
+        members = [item for item in items if item.modality == modality]
+        is_placeholder = input_ids == token_id
+        rows, columns = is_placeholder.nonzero(as_tuple=True)
+        lengths = [item.length for item in members]
+        if len(rows) != sum(lengths):
             raise ValueError(
-                f"{modality.capitalize()} tokens do not match the {modality}s: {modality} {number} needs one run of "
-                f"{length} placeholders (id {token_id}), but from row {row}, column {start} on there is a shorter one."
+                f"{modality.capitalize()} features and {modality} tokens do not match: the prompt has {len(rows)} "
+                f"placeholders (id {token_id}; by row: {is_placeholder.sum(-1).tolist()}), but the {len(lengths)} "
+                f"{modality}s need {sum(lengths)} (each: {lengths}). Build both with the model's processor, and do "
+                "not truncate the prompt."
             )
-        items.append(VisualItem(modality, row, start, length))
-        first = last + 1
-    return items
-
-
-@dataclass
-class PromptLayout:
-    """
-    Where each column of the compressed prompt comes from.
-
-    Args:
-        columns (`torch.LongTensor` of shape `(batch, compressed_length)`):
-            The caller's column of each column, -1 for slack.
-        slots (`torch.LongTensor` of shape `(kept,)`):
-            The visual tokens in the flattened `columns`, item by item.
-    """
-
-    columns: torch.Tensor
-    slots: torch.Tensor
-
-    @property
-    def is_visual(self) -> torch.Tensor:
-        """`torch.BoolTensor` of shape `(batch, compressed_length)`: the columns of visual tokens."""
-        mask = torch.zeros_like(self.columns, dtype=torch.bool)
-        return mask.flatten().index_fill(0, self.slots, True).view_as(mask)
-
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` `(..., batch, length)` of the caller's columns; slack gets that of column 0."""
-        columns = self.columns.clamp(min=0)
-        return values.gather(-1, columns.expand(*values.shape[:-1], -1))
-
-    def attention_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
-        """The mask `(batch, compressed_length)`: the caller's, and 0 at slack."""
-        return self.gather(attention_mask).masked_fill(self.columns < 0, 0)
-
-    def labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """
-        The labels `(batch, compressed_length)`: -100 at visual tokens and slack, and at the caller's first column,
-        which no position predicts and which slack must not.
-        """
-        return self.gather(labels).masked_fill((self.columns <= 0) | self.is_visual, -100)
-
-    def embeds(self, embeds: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Embeddings `(batch, compressed_length, hidden_size)` with the kept visual tokens `(kept, hidden_size)`."""
-        features = features.to(embeds.device, embeds.dtype)
-        return embeds.flatten(0, 1).index_copy(0, self.slots.to(embeds.device), features).view_as(embeds)
-
-
-def lay_out(
-    attention_mask: torch.Tensor, items: list[VisualItem], kept: list[int], indices: torch.Tensor
-) -> PromptLayout:
-    """
-    Lay out the compressed prompt. Rows end together, without the caller's trailing padding; as many of the leading
-    padding columns are taken along as there is room for, and slack fills what is left. All but `indices` is known on
-    the host.
-
-    Args:
-        attention_mask (`torch.LongTensor` of shape `(batch, length)`):
-            The caller's mask, on the CPU.
-        items (`list[VisualItem]`):
-            The images and videos, by row and column.
-        kept (`list[int]`):
-            How many tokens each item keeps.
-        indices (`torch.LongTensor` of shape `(sum(kept),)`):
-            Which ones, as positions in the item's run, item by item.
-    """
-    batch, length = attention_mask.shape
-    visual = -2
-    rows = []
-    for row in range(batch):
-        parts, end = [], 0
-        for item, number in zip(items, kept):
-            if item.row == row:
-                parts += [torch.arange(end, item.start), torch.full((number,), visual)]
-                end = item.start + item.length
-        rows.append(torch.cat([*parts, torch.arange(end, length)]))
-    # A row loses the padding after it, and as much of the padding before it as it takes.
-    spans = []
-    for row, mask in zip(rows, attention_mask):
-        attended = ((row == visual) | mask[row.clamp(min=0)].bool()).nonzero()
-        spans.append((int(attended[0]), int(attended[-1]) + 1) if len(attended) else (len(row) - 1, len(row)))
-    width = max(end - start for start, end in spans)
-    columns = torch.full((batch, width), -1)
-    for target, source, (_, end) in zip(columns, rows, spans):
-        source = source[max(end - width, 0) : end]
-        target[width - len(source) :] = source
-
-    slots = (columns.flatten() == visual).nonzero()[:, 0]
-    starts = torch.tensor([item.start for item in items]).repeat_interleave(torch.tensor(kept))
-    columns, slots, starts = (tensor.to(indices.device, non_blocking=True) for tensor in (columns, slots, starts))
-    return PromptLayout(columns.flatten().index_copy(0, slots, starts + indices).view_as(columns), slots)
+        for number, (item, item_rows, item_columns) in enumerate(
+            zip(members, rows.split(lengths), columns.split(lengths))
+        ):
+            item.row, item.columns = int(item_rows[0]), item_columns
+            starts = item_columns[torch.tensor([0, *item.run_lengths[:-1]]).cumsum(0)]
+            for start, length, found in zip(starts.tolist(), item.run_lengths, item_columns.split(item.run_lengths)):
+                if int(item_rows[-1]) != item.row or int(found[-1]) != start + length - 1:
+                    raise ValueError(
+                        f"{modality.capitalize()} tokens do not match the {modality}s: {modality} {number} needs one "
+                        f"run of {length} placeholders (id {token_id}), but from row {item.row}, column {start} on "
+                        "there is a shorter one."
+                    )
+    return sorted(items, key=lambda item: (item.row, int(item.columns[0])))
 
 
 @dataclass
@@ -168,54 +108,115 @@ class CompressedPrompt:
     The prompt that the language model sees.
 
     Args:
-        layout (`PromptLayout`):
-            Where its columns come from.
         input_ids (`torch.LongTensor` of shape `(batch, compressed_length)`):
-            The caller's ids; slack repeats the row's first id, so that no id is new to a row.
-        inputs_embeds (`torch.FloatTensor` of shape `(batch, compressed_length, hidden_size)`):
-            Their embeddings, with the kept visual tokens in their slots.
+            The caller's ids at the columns that stay. Slack on the left of a shorter row repeats one of its ids, so
+            that no id is new to a row.
         attention_mask (`torch.LongTensor` of shape `(batch, compressed_length)`):
             The caller's mask, 0 at slack. Never `None`: positions with gaps and no mask are read as packed sequences.
         position_ids (`torch.LongTensor` of shape `(..., batch, compressed_length)`):
             Positions.
-    """
-
-    layout: PromptLayout
-    input_ids: torch.Tensor
-    inputs_embeds: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-
-
-def restore_logits(
-    logits: torch.Tensor, columns: torch.Tensor, length: int, logits_to_keep: int | torch.Tensor
-) -> torch.Tensor:
-    """
-    Logits at the caller's positions, zeros where a position was dropped.
-
-    Args:
-        logits (`torch.FloatTensor` of shape `(batch, kept, vocab_size)`):
-            Logits of the last `kept` columns of the compressed prompt.
+        mm_encoder_outputs (`dict[str, ModelOutput]`):
+            The kept visual tokens of each modality, as the stock model takes features that were computed ahead.
         columns (`torch.LongTensor` of shape `(batch, compressed_length)`):
             The caller's column of each column, -1 for slack.
+        num_features (`int`):
+            Kept visual tokens of the batch.
+        is_padded (`bool`):
+            Whether the mask has a 0.
+        pruned_rows (`torch.BoolTensor` of shape `(batch,)`):
+            Rows that lost a token, on the CPU.
+        selections (`list[VisualSelection]`, *optional*):
+            What was kept of each image or video, if asked for.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    mm_encoder_outputs: dict
+    columns: torch.Tensor
+    num_features: int
+    is_padded: bool
+    pruned_rows: torch.Tensor
+    selections: list[VisualSelection] | None = None
+
+
+def select_columns(
+    attention_mask: torch.Tensor,
+    items: list[VisualItem],
+    kept: list[int],
+    indices: torch.Tensor,
+    starts: list[int],
+    with_slack: bool = False,
+) -> torch.Tensor:
+    """
+    The columns that stay: what the mask lets through from `starts` on, less the placeholders that were dropped. Rows
+    end together; padding at either end of a row goes, and slack fills shorter rows on the left.
+
+    Args:
+        attention_mask (`torch.LongTensor` of shape `(batch, length)`):
+            The caller's mask, on the CPU.
+        items (`list[VisualItem]`):
+            The images and videos, placed.
+        kept (`list[int]`):
+            How many tokens each item keeps.
+        indices (`torch.LongTensor` of shape `(sum(kept),)`):
+            Which of its placeholders, item by item. The only argument on the device: nothing waits for its values.
+        starts (`list[int]`):
+            The first column of each row that counts.
+        with_slack (`bool`, *optional*, defaults to `False`):
+            Whether every row begins with a column of slack.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch, compressed_length)`: ascending columns of each row, after -1 for slack.
+    """
+    rows, unknown = [], -2
+    for row, (mask, start) in enumerate(zip(attention_mask, starts)):
+        is_text = torch.ones_like(mask, dtype=torch.bool)
+        number = 0
+        for item, count in zip(items, kept):
+            if item.row == row:
+                is_text[item.columns] = False
+                number += count
+        attended = ((mask != 0) | ~is_text).nonzero()[:, 0]
+        attended = attended[attended >= start]
+        columns = torch.arange(int(attended[0]), int(attended[-1]) + 1) if len(attended) else attended
+        rows.append(torch.cat([columns[is_text[columns]], columns.new_full((number,), unknown)]))
+    width = max(1, *map(len, rows)) + with_slack
+    columns = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=-1) for row in rows])
+
+    slots = (columns.flatten() == unknown).nonzero()[:, 0]
+    # In the order of the batch, as the slots are.
+    item_columns = torch.cat([item.columns for item in items]) if items else columns.new_empty(0)
+    offsets = (
+        torch.tensor([0, *(item.length for item in items)])[:-1]
+        .cumsum(0)
+        .repeat_interleave(torch.tensor(kept, dtype=torch.long))
+    )
+    columns, slots, item_columns, offsets = (
+        tensor.to(indices.device, non_blocking=True) for tensor in (columns, slots, item_columns, offsets)
+    )
+    kept_columns = item_columns[offsets + indices] if items else item_columns
+    return columns.flatten().index_copy(0, slots, kept_columns).view_as(columns).sort(-1).values
+
+
+def carry_states(hidden_states: torch.Tensor, columns: torch.Tensor, length: int) -> torch.Tensor:
+    """
+    Hidden states at the caller's positions: each dropped one holds the state of the last kept position before it, so
+    that whoever reads logits there reads what the language model says after the prefix so far.
+
+    Args:
+        hidden_states (`torch.FloatTensor` of shape `(batch, compressed_length, hidden_size)`):
+            States of the compressed prompt.
+        columns (`torch.LongTensor` of shape `(batch, compressed_length)`):
+            The caller's column of each, ascending after -1 for slack.
         length (`int`):
             Length of the caller's prompt.
-        logits_to_keep (`int` or `torch.Tensor`):
-            In the caller's positions: the last so many (0: all), or indices `(positions,)` or `(batch, positions)`, or
-            a mask `(batch, length)`.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, length, hidden_size)`; positions before the first kept one hold its state.
     """
-    first = max(length - logits_to_keep, 0) if isinstance(logits_to_keep, int) and logits_to_keep > 0 else 0
-    batch, kept, vocab_size = logits.shape
-    # What has no place goes to a last column, which is cut off.
-    target = columns[:, -kept:] - first
-    target = target.where(target >= 0, length - first)
-    rows = torch.arange(batch, device=logits.device)[:, None].expand_as(target)
-    full = logits.new_zeros(batch, length - first + 1, vocab_size)
-    full = full.index_put((rows, target.to(logits.device)), logits)[:, :-1]
-    if isinstance(logits_to_keep, int):
-        return full
-    if logits_to_keep.dtype == torch.bool and logits_to_keep.ndim == 2:
-        return full[logits_to_keep]
-    if logits_to_keep.ndim == 2:
-        return full.take_along_dim(logits_to_keep[..., None], dim=1)
-    return full[:, logits_to_keep]
+    positions = torch.arange(length, device=columns.device).expand(len(columns), -1)
+    source = torch.searchsorted(columns.contiguous(), positions.contiguous(), right=True) - 1
+    first = (columns < 0).sum(-1, keepdim=True).clamp(max=columns.shape[1] - 1)
+    source = torch.maximum(source, first).to(hidden_states.device)
+    return hidden_states.gather(1, source[..., None].expand(-1, -1, hidden_states.shape[-1]))

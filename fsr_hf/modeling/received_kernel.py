@@ -1,17 +1,25 @@
 """
-Attention received on NVIDIA's GPUs: two passes over the scores, none of which is kept. The first finds the logarithm
-of the sum of each row's exponentials, the second sums the columns of the softmax that these make.
+Speed only: attention received on NVIDIA GPUs. Two passes over the attention scores, which are never stored: the first
+computes the logarithm of each softmax denominator, the second sums the columns of the softmax.
 """
 
 import torch
 
-from .triton_launch import is_interpreted, jit, tl, triton
+from .triton_launch import is_interpreted, is_trusted, jit, tl, triton
 
 
-__all__ = ["received_on_gpu"]
+__all__ = ["can_receive_on_gpu", "received_on_gpu"]
 
-# Tokens that a program keeps, and those that it reads at a time, so that both fit the memory of every GPU.
+# Tokens per program, and tokens that it reads at a time: both fit the shared memory of every GPU from Ampere on.
 _TILES = {torch.float32: (64, 32), torch.float16: (128, 64), torch.bfloat16: (128, 64)}
+
+
+def can_receive_on_gpu(query: torch.Tensor, torch_path) -> bool:
+    """
+    Whether [`received_on_gpu`] may work on `query`: it runs on its device, and has agreed there with `torch_path`,
+    which takes the same arguments, on a small problem.
+    """
+    return is_trusted(query, _agrees, torch_path)
 
 
 def received_on_gpu(query: torch.Tensor, key: torch.Tensor, lengths: list[int], scale: float) -> torch.Tensor:
@@ -29,19 +37,12 @@ def received_on_gpu(query: torch.Tensor, key: torch.Tensor, lengths: list[int], 
     Returns:
         `torch.FloatTensor` of shape `(tokens,)`, float32.
     """
-    if query.is_cuda:
-        with torch.cuda.device(query.device):  # where Triton launches
-            return _received(query, key, lengths, scale)
-    return _received(query, key, lengths, scale)
-
-
-def _received(query, key, lengths, scale):
     tokens, heads, head_dim = query.shape
     if query.dtype not in (torch.float16, torch.bfloat16) or is_interpreted():
         query, key = query.float(), key.float()  # the interpreter multiplies bfloat16 as if it were integers
     query, key = (tensor.detach().contiguous() for tensor in (query, key.to(query.dtype)))
     rows, columns = _TILES[query.dtype]
-    # Of each block: its first token, and the first token of its segment and of the next.
+    # Of each block: its first token, and the first tokens of its segment and of the next segment.
     blocks, start = [], 0
     for length in lengths:
         blocks += [(first, start, start + length) for first in range(start, start + length, rows)]
@@ -56,11 +57,30 @@ def _received(query, key, lengths, scale):
         "COLUMNS": columns,
         "num_warps": 8,
     }
-    shape = (tokens, heads, head_dim, scale * 1.4426950408889634)  # exponentials of base 2
+    shape = (tokens, heads, head_dim, scale * 1.4426950408889634)  # times log2(e): the kernels compute powers of 2
     grid = (len(blocks), heads)
-    _logs_kernel[grid](query, key, table, logs, *shape, **options)
-    _columns_kernel[grid](query, key, table, logs, received, *shape, **options)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        _logs_kernel[grid](query, key, table, logs, *shape, **options)
+        _columns_kernel[grid](query, key, table, logs, received, *shape, **options)
     return received.sum(0) / heads
+
+
+def _agrees(torch_path, device, dtype):
+    """
+    Whether the kernels and `torch_path` find the same attention in segments of one token, of less than a block and of
+    more, among scores of very different size, equal keys, and queries of zeros.
+    """
+    lengths = [1, 70, 150, 33]
+    places, heads = torch.arange(sum(lengths), device="cpu")[:, None, None], torch.arange(2, device="cpu")[:, None]
+    depth = torch.arange(20, device="cpu")
+    query = ((places**2 + 3 * depth * places + 5 * heads + depth) % 11 - 5).to(torch.float32)
+    key = ((3 * places**2 + depth * places + heads + 2 * depth**2) % 13 - 6).to(torch.float32)
+    query[::9] = 0.0
+    query[4::31] *= 16.0
+    key[5::7] = key[5]
+    arguments = (query.to(device, dtype), key.to(device, dtype), lengths, 2.0**-5)
+    received, expected = received_on_gpu(*arguments), torch_path(*arguments)
+    return torch.allclose(received, expected, rtol=5e-3, atol=1e-6)  # `torch_path` may multiply in TF32
 
 
 @jit
@@ -77,7 +97,7 @@ def _logs_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Binary logarithm of the sum of each row's exponentials. One program for each block of queries and each head."""
+    """Binary logarithm of the softmax denominator of each query. One program per block of queries and head."""
     block, head = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(table + block * 3 + 1), tl.load(table + block * 3 + 2)
     rows = tl.load(table + block * 3) + tl.arange(0, ROWS)
@@ -111,7 +131,7 @@ def _columns_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Mean over queries of the attention to each key. One program for each block of keys and each head."""
+    """Mean over queries of the attention to each key. One program per block of keys and head."""
     block, head = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(table + block * 3 + 1), tl.load(table + block * 3 + 2)
     rows = tl.load(table + block * 3) + tl.arange(0, ROWS)
@@ -129,7 +149,7 @@ def _columns_kernel(
 
 @jit
 def _vectors(states, places, head, depth, stop, heads, head_dim):
-    """What the tokens at `places` have for a head, zeros from `stop` on."""
+    """The vectors of one head at the tokens `places`; zeros from `stop` on."""
     return tl.load(
         states + (places[:, None].to(tl.int64) * heads + head) * head_dim + depth[None, :],
         mask=(places[:, None] < stop) & (depth[None, :] < head_dim),

@@ -1,14 +1,15 @@
 """Saliency (Eq. 1): rows and column means of a vision block's attention, recomputed from the block's input."""
 
+from typing import Any
+
 import torch
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from .precision import without_autocast
-from .received_kernel import received_on_gpu
-from .triton_launch import can_launch
+from .received_kernel import can_receive_on_gpu, received_on_gpu
 
 
-__all__ = ["attention_received", "cls_attention"]
+__all__ = ["attention_received", "cls_attention", "resolve_feature_layer"]
 
 
 @torch.no_grad()
@@ -64,8 +65,12 @@ def attention_received(query: torch.Tensor, key: torch.Tensor, lengths: list[int
     Returns:
         `torch.FloatTensor` of shape `(tokens,)`, float32: the means over each segment add up to 1.
     """
-    if can_launch(query):
+    if can_receive_on_gpu(query, _received_in_blocks):
         return received_on_gpu(query, key, lengths, scale)
+    return _received_in_blocks(query, key, lengths, scale)
+
+
+def _received_in_blocks(query, key, lengths, scale):
     heads = query.shape[1]
     received = []
     with without_autocast(query.device):
@@ -79,3 +84,20 @@ def attention_received(query: torch.Tensor, key: torch.Tensor, lengths: list[int
                 total += weights.sum(-1, keepdim=True).reciprocal_().mT @ weights
             received.append(total.sum((0, 1)) / (heads * queries.shape[1]))
     return torch.cat(received)
+
+
+def resolve_feature_layer(config: Any, layer: Any = None) -> int:
+    """
+    The block, counted from 1, whose output `vision_feature_layer` names: `layer`, or by default the config's.
+
+    Raises:
+        ValueError: if it names no single block of the tower, since saliency is the attention of that block.
+    """
+    layer = config.vision_feature_layer if layer is None else layer
+    depth = config.vision_config.num_hidden_layers
+    if not isinstance(layer, int) or isinstance(layer, bool) or not (1 <= layer <= depth or -depth <= layer <= -1):
+        raise ValueError(
+            f"`vision_feature_layer={layer!r}` is not supported: FSR needs one int that names the output of a block, "
+            f"1 to {depth} or -{depth} to -1, since saliency is the attention of that block."
+        )
+    return layer % (depth + 1)

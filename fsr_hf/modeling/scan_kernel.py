@@ -1,104 +1,150 @@
 """
-Scan on NVIDIA's GPUs: Eqs. 5 and 8 in a few launches for the whole batch, whatever the number of anchors.
+Speed only: Scan on NVIDIA GPUs. Triton kernels for Eqs. 5 and 8, in a few launches for the whole batch.
 
-Two ways, by memory. Up to `_MOST_PAIRS` tokens all cosines are computed first, and one program for each row of the
-batch takes one anchor after the other: what it needs of a token, its cosine to the closest chosen token and to the
-nearest anchor, stays in registers, and a step reads one row of cosines. Beyond, cosines are computed when they are
-needed and none are kept: one launch for each anchor reads all tokens, in as many programs as there are blocks of them.
-Nothing is read on the host.
+There are two variants, which differ in memory:
+
+- Up to `_MAX_PAIRS` tokens, the cosines of all pairs are computed first. Then one program per row of the batch adds
+  one anchor after the other. It keeps two values of each token in registers, the cosines to the closest chosen token
+  and to the nearest anchor, and reads one row of cosines per step.
+- Beyond, cosines are computed when they are needed and not kept. There is one launch per anchor, in which each program
+  reads one block of tokens.
+
+The host never waits for a value.
 """
 
 import torch
 
-from .triton_launch import is_interpreted, jit, tl, triton
+from .triton_launch import is_interpreted, is_trusted, jit, tl, triton
 
 
-__all__ = ["scan_on_gpu"]
+__all__ = ["can_scan_on_gpu", "scan_on_gpu"]
 
-_MOST_PAIRS = 8192  # tokens in a row of the batch: 256 MiB
-_MOST_MEMORY = 2**29  # bytes that the cosines of several rows may take
+_MAX_PAIRS = 8192  # tokens in a row of the batch; their cosines take 256 MiB
+_MAX_PAIRS_MEMORY = 2**29  # bytes that the cosines of several rows may take at once
+
+
+def can_scan_on_gpu(features: torch.Tensor, torch_path) -> bool:
+    """
+    Whether [`scan_on_gpu`] may scan `features`: it runs on their device, and has agreed there with `torch_path`, which
+    takes the same arguments, on a small problem.
+    """
+    return is_trusted(features, _agrees, torch_path, features.shape[1] <= _MAX_PAIRS)
 
 
 def scan_on_gpu(
     features: torch.Tensor, mask: torch.Tensor, focus: torch.Tensor, num_focus: torch.Tensor, num_anchors: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Eqs. 5 and 8 by Triton's kernels.
+    Eqs. 5 and 8.
 
     Args:
         features (`torch.FloatTensor` of shape `(batch, num_tokens, hidden_size)`):
-            The tokens, in any floating-point dtype; cosines are sums of exact products in float32.
+            The tokens, in any floating-point dtype. Products are exact and summed in float32.
         mask (`torch.BoolTensor` of shape `(batch, num_tokens)`):
             True for real tokens.
         focus (`torch.LongTensor` of shape `(batch, width)`):
-            The Focus tokens, those of a row first.
+            The Focus tokens of each row, filled up with `num_tokens`.
         num_focus, num_anchors (`torch.LongTensor` of shape `(batch,)`):
-            How many of them a row has, and how many tokens to add, no more than there are.
+            How many Focus tokens each row has, and how many anchors to add, no more than there are tokens left.
 
     Returns:
         The anchors in the order of their choice, `(batch, width - 1)`, filled up with `num_tokens`; the anchor that is
         most similar to each token, `(batch, num_tokens)`, or -1; and its cosine, -inf if there is none or the token is
         not finite.
     """
-    if features.is_cuda:
-        with torch.cuda.device(features.device):  # where Triton launches
-            return _scan_on_device(features, mask, focus, num_focus, num_anchors)
-    return _scan_on_device(features, mask, focus, num_focus, num_anchors)
+    return _scan(features.shape[1] <= _MAX_PAIRS, features, mask, focus, num_focus, num_anchors)
 
 
-def _scan_on_device(features, mask, focus, num_focus, num_anchors):
+def _scan(with_pairs, features, mask, focus, num_focus, num_anchors):
     batch, num_tokens, _ = features.shape
-    rows = max(1, _MOST_MEMORY // (4 * num_tokens**2))
-    if num_tokens <= _MOST_PAIRS and batch > rows:
-        parts = (features, mask, focus, num_focus, num_anchors)
-        found = [_scan_on_device(*part) for part in zip(*(tensor.split(rows) for tensor in parts))]
-        anchors, nearest, similarity = (torch.cat(tensors) for tensors in zip(*found))
+    max_rows = max(1, _MAX_PAIRS_MEMORY // (4 * num_tokens**2))
+    if with_pairs and batch > max_rows:
+        tensors = (features, mask, focus, num_focus, num_anchors)
+        parts = [_scan(with_pairs, *part) for part in zip(*(tensor.split(max_rows) for tensor in tensors))]
+        anchors, nearest, similarity = (torch.cat(tensors) for tensors in zip(*parts))
         return anchors, nearest, similarity
 
-    tokens, scale = _scale(features)
     anchors = focus.new_empty(batch, focus.shape[1] - 1)
     nearest = torch.empty_like(mask, dtype=torch.long)
     similarity, closest = (torch.empty_like(mask, dtype=torch.float32) for _ in range(2))
-    mask, focus, num_focus, num_anchors = (t.contiguous() for t in (mask, focus, num_focus, num_anchors))
-    if batch and num_tokens <= _MOST_PAIRS:
-        pairs = _pairs(tokens, scale)
-        block = triton.next_power_of_2(num_tokens)
-        piece = min(block, 128)
-        _focus_kernel[(triton.cdiv(num_tokens, piece), batch)](
-            pairs, mask, focus, num_focus, closest, num_tokens, focus.shape[1], BLOCK=piece, num_warps=4
-        )
-        _scan_kernel[(batch,)](
-            *(pairs, scale, closest, num_anchors, anchors, nearest, similarity),
-            *(num_tokens, anchors.shape[1]),
-            BLOCK=block,
-            num_warps=min(max(block // 256, 1), 16),
-        )
-    elif batch:
-        _scan_without_pairs(tokens, scale, mask, focus, num_focus, num_anchors, closest, anchors, nearest, similarity)
+    if batch:
+        mask, focus, num_focus, num_anchors = (t.contiguous() for t in (mask, focus, num_focus, num_anchors))
+        scan = _scan_with_pairs if with_pairs else _scan_without_pairs
+        with torch.cuda.device_of(features):  # Triton launches on the current device
+            tokens, scale = _scale(features)
+            scan(tokens, scale, mask, focus, num_focus, num_anchors, closest, anchors, nearest, similarity)
     return anchors, nearest, similarity
+
+
+def _agrees(torch_path, device, dtype, with_pairs):
+    """
+    Whether the kernels and `torch_path` choose the same anchors among copies of eleven tokens, zero vectors and
+    non-finite tokens: in a row without a mask, and in one with a mask and fewer anchors.
+
+    Apart from exact ties, every choice is won by a difference of at least 0.02 in cosine, more than either path rounds
+    away, even if `torch_path` multiplies in TF32.
+    """
+    num_tokens = 132  # more than a block of any kernel, and no multiple of one
+    places = torch.arange(num_tokens, device="cpu")
+    kind, depth = (places * 7 % 11)[:, None], torch.arange(24, device="cpu")
+    tokens = ((2 * kind**2 + 3 * kind * depth + 3 * depth**2 + kind) % 13 - 6).to(torch.float32)
+    tokens[[5, 70]] = 0.0
+    tokens[[11, 131], 3] = torch.nan
+    tokens[64, 0] = -torch.inf
+    features = torch.stack([tokens, tokens.flip(0)]).to(device, dtype)
+    mask = torch.stack([places >= 0, places % 9 != 4]).to(device)
+    focus = torch.full((2, 12), num_tokens, device=device)
+    focus[0, :3], focus[1, 0] = torch.tensor([40, 2, 129], device=device), 30
+    num_focus, num_anchors = torch.tensor([3, 1], device=device), torch.tensor([9, 6], device=device)
+
+    arguments = (features, mask, focus, num_focus, num_anchors)
+    anchors, nearest, similarity = _scan(with_pairs, *arguments)
+    expected_anchors, expected_nearest, expected_similarity = torch_path(*arguments)
+    has_anchor = expected_similarity > -torch.inf
+    return (
+        torch.equal(anchors, expected_anchors)
+        and torch.equal(nearest[has_anchor], expected_nearest[has_anchor])
+        and torch.allclose(similarity, expected_similarity, atol=5e-3)
+    )
 
 
 def _scale(features):
     """
     The tokens times powers of two that keep their squares in range, `(batch, num_tokens, hidden_size)`, in their own
-    dtype, which changes no digit; and the reciprocals of their norms, `(batch, num_tokens)`, NaN if not finite.
+    dtype, which changes no digit; and the reciprocals of their norms, `(batch, num_tokens)`, NaN for tokens that are
+    not finite.
     """
     features = features.detach().contiguous()
-    # The interpreter multiplies matrices of bfloat16 as if they were integers.
+    # The interpreter multiplies bfloat16 matrices as if they were integers, so there they are float32.
     is_half = features.dtype == torch.float16 or (features.dtype == torch.bfloat16 and not is_interpreted())
     tokens = torch.empty_like(features, dtype=features.dtype if is_half else torch.float32)
     scale = features.new_empty(features.shape[:2], dtype=torch.float32)
-    if scale.numel():
-        block = min(triton.next_power_of_2(features.shape[2]), 4096)
-        _scale_kernel[(scale.numel(),)](features, tokens, scale, features.shape[2], BLOCK=block)
+    block = min(triton.next_power_of_2(features.shape[2]), 4096)
+    _scale_kernel[(scale.numel(),)](features, tokens, scale, features.shape[2], BLOCK=block)
     return tokens, scale
 
 
-def _pairs(tokens, scale):
-    """Cosines of all pairs, `(batch, num_tokens, num_tokens)`, float32; not cut to [-1, 1], NaN if not finite."""
+def _scan_with_pairs(tokens, scale, mask, focus, num_focus, num_anchors, closest, anchors, nearest, similarity):
+    batch, num_tokens, _ = tokens.shape
+    pairs = _cosines_of_pairs(tokens, scale)
+    block = triton.next_power_of_2(num_tokens)
+    focus_block = min(block, 128)
+    _focus_kernel[(triton.cdiv(num_tokens, focus_block), batch)](
+        pairs, mask, focus, num_focus, closest, num_tokens, focus.shape[1], BLOCK=focus_block, num_warps=4
+    )
+    _scan_kernel[(batch,)](
+        *(pairs, scale, closest, num_anchors, anchors, nearest, similarity),
+        *(num_tokens, anchors.shape[1]),
+        BLOCK=block,
+        num_warps=min(max(block // 256, 1), 16),
+    )
+
+
+def _cosines_of_pairs(tokens, scale):
+    """Cosines of all pairs, `(batch, num_tokens, num_tokens)`, float32; not clamped to [-1, 1], NaN if not finite."""
     batch, num_tokens, hidden_size = tokens.shape
     if tokens.dtype == torch.float32:
-        # The library has better float32 kernels. It may compute a last, incomplete tile in another way.
+        # The library's float32 product is faster. It may round a last, incomplete tile differently, so there is none.
         tokens = torch.nn.functional.pad(tokens * scale[..., None], (0, 0, 0, -num_tokens % 64))
         return (tokens @ tokens.mT)[:, :num_tokens, :num_tokens].contiguous()
     pairs = scale.new_empty(batch, num_tokens, num_tokens)
@@ -117,23 +163,25 @@ def _pairs(tokens, scale):
 def _scan_without_pairs(tokens, scale, mask, focus, num_focus, num_anchors, closest, anchors, nearest, similarity):
     batch, num_tokens, hidden_size = tokens.shape
     sizes = (num_tokens, hidden_size)
-    precise = {"SIZE": 128, "DEPTH": 32 if tokens.dtype == torch.float32 else 64, "num_warps": 8}
+    options = {"SIZE": 128, "DEPTH": 32 if tokens.dtype == torch.float32 else 64, "num_warps": 8}
     grid = (triton.cdiv(num_tokens, 128), batch)
     _nearest_kernel[grid](
-        *(tokens, scale, focus, num_focus, nearest, closest, *sizes, focus.shape[1]), ONLY_FINITE=False, **precise
+        *(tokens, scale, focus, num_focus, nearest, closest, *sizes, focus.shape[1]), ONLY_FINITE=False, **options
     )
     closest.clamp_(min=-1.0).masked_fill_(~mask, torch.inf)
     closest.copy_(torch.nn.functional.pad(closest, (0, 1)).scatter_(1, focus, torch.inf)[:, :-1])
 
-    # What the programs of a step find, the next one compares: farthest token and its cosine, in turns.
+    # Each program writes the farthest token of its block; the next step compares the blocks. Two buffers, used in
+    # turns, keep what one step reads apart from what it writes.
     size = 16
     blocks = triton.cdiv(num_tokens, size)
-    low = closest.new_full((2, batch, blocks), torch.inf)
-    place = focus.new_zeros(2, batch, blocks)
+    block_cosine = closest.new_full((2, batch, blocks), torch.inf)
+    block_token = focus.new_zeros(2, batch, blocks)
     depth = min(triton.next_power_of_2(hidden_size), 512)
     for step in range(-1, anchors.shape[1]):
         _step_kernel[(blocks, batch)](
-            *(tokens, scale, num_anchors, closest, low, place, anchors, *sizes, anchors.shape[1], step, blocks),
+            *(tokens, scale, num_anchors, closest, block_cosine, block_token, anchors, *sizes),
+            *(anchors.shape[1], step, blocks),
             SIZE=size,
             DEPTH=depth,
             BLOCKS=triton.next_power_of_2(blocks),
@@ -143,13 +191,13 @@ def _scan_without_pairs(tokens, scale, mask, focus, num_focus, num_anchors, clos
     _nearest_kernel[grid](
         *(tokens, scale, ordered, num_anchors, nearest, similarity, *sizes, anchors.shape[1]),
         ONLY_FINITE=True,
-        **precise,
+        **options,
     )
 
 
 @jit
 def _scale_kernel(features, tokens, scale, hidden_size, BLOCK: tl.constexpr):
-    """One program for each token."""
+    """Norm and scaled values. One program per token."""
     token = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, BLOCK)
     peak = tl.zeros((BLOCK,), tl.float32)
@@ -159,7 +207,7 @@ def _scale_kernel(features, tokens, scale, hidden_size, BLOCK: tl.constexpr):
         values = tl.load(features + token * hidden_size + at, mask=at < hidden_size, other=0.0).to(tl.float32)
         finite = finite & (tl.abs(values) < float("inf")).to(tl.int32)
         peak = tl.maximum(peak, tl.abs(values))
-    # The reciprocal of the power of two in the largest entry, by its exponent.
+    # 2 ** -exponent of the largest entry, computed on the bits of the float.
     factor = 1.0
     if tokens.dtype.element_ty != tl.float16:
         exponent = tl.max(peak, 0).to(tl.int32, bitcast=True) & 0x7F800000
@@ -179,7 +227,7 @@ def _scale_kernel(features, tokens, scale, hidden_size, BLOCK: tl.constexpr):
 
 @jit
 def _pairs_kernel(tokens, scale, pairs, num_tokens, hidden_size, SIZE: tl.constexpr, DEPTH: tl.constexpr):
-    """One program for each square block of cosines. Every sum runs in the same order, so equal tokens stay equal."""
+    """One program per square block of cosines. All sums run in the same order, so equal tokens have equal cosines."""
     row = tl.program_id(2).to(tl.int64)
     tokens += row * num_tokens * hidden_size
     left = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
@@ -218,55 +266,57 @@ def _in_range(cosines):
 @jit
 def _focus_kernel(pairs, mask, focus, num_focus, closest, num_tokens, width, BLOCK: tl.constexpr):
     """
-    Cosine of each token to the closest Focus token; infinity for what is no candidate. One program for each block of
-    tokens of a row.
+    Cosine of each token to the closest Focus token; infinity for tokens that cannot become anchors. One program per
+    block of tokens in a row.
     """
     row = tl.program_id(1).to(tl.int64)
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_token = places < num_tokens
-    nearest = tl.full((BLOCK,), -1.0, tl.float32)
-    candidate = tl.load(mask + row * num_tokens + places, mask=is_token, other=0) != 0
-    for number in range(tl.load(num_focus + row)):
-        token = tl.load(focus + row * width + number)
+    closest_cosine = tl.full((BLOCK,), -1.0, tl.float32)
+    is_candidate = tl.load(mask + row * num_tokens + places, mask=is_token, other=0) != 0
+    for index in range(tl.load(num_focus + row)):
+        token = tl.load(focus + row * width + index)
         cosines = tl.load(pairs + (row * num_tokens + token) * num_tokens + places, mask=is_token, other=-1.0)
-        nearest = tl.maximum(nearest, _in_range(cosines))
-        candidate = candidate & (places != token)
-    tl.store(closest + row * num_tokens + places, tl.where(candidate, nearest, float("inf")), mask=is_token)
+        closest_cosine = tl.maximum(closest_cosine, _in_range(cosines))
+        is_candidate = is_candidate & (places != token)
+    tl.store(closest + row * num_tokens + places, tl.where(is_candidate, closest_cosine, float("inf")), mask=is_token)
 
 
 @jit
 def _scan_kernel(
-    pairs, scale, closest, num_anchors, anchors, nearest, similarity, num_tokens, most, BLOCK: tl.constexpr
+    pairs, scale, closest, num_anchors, anchors, nearest, similarity, num_tokens, max_anchors, BLOCK: tl.constexpr
 ):
-    """One program for each row of the batch, which takes one anchor after the other."""
+    """Anchors one after the other, and the nearest anchor of each token. One program per row of the batch."""
     row = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, BLOCK)
     is_token = places < num_tokens
-    number = tl.load(num_anchors + row).to(tl.int32)
-    near = tl.load(closest + row * num_tokens + places, mask=is_token, other=float("inf"))
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    best_anchor = tl.full((BLOCK,), -1, tl.int32)
-    for step in range(number):
-        anchor = tl.argmin(near, 0, tie_break_left=True)
-        tl.store(anchors + row * most + step, anchor.to(tl.int64))
+    count = tl.load(num_anchors + row).to(tl.int32)
+    closest_cosine = tl.load(closest + row * num_tokens + places, mask=is_token, other=float("inf"))
+    nearest_cosine = tl.full((BLOCK,), float("-inf"), tl.float32)
+    nearest_anchor = tl.full((BLOCK,), -1, tl.int32)
+    for step in range(count):
+        anchor = tl.argmin(closest_cosine, 0, tie_break_left=True)
+        tl.store(anchors + row * max_anchors + step, anchor.to(tl.int64))
         cosines = tl.load(pairs + (row * num_tokens + anchor) * num_tokens + places, mask=is_token, other=-1.0)
         anchor_scale = tl.load(scale + row * num_tokens + anchor)
         cosines = _in_range(cosines)
-        near = tl.where(places == anchor, float("inf"), tl.maximum(near, cosines))
+        closest_cosine = tl.where(places == anchor, float("inf"), tl.maximum(closest_cosine, cosines))
         # An anchor that is not finite absorbs nothing.
         cosines = tl.where(anchor_scale == anchor_scale, cosines, float("-inf"))
-        closer = (cosines > best) | ((cosines == best) & (anchor < best_anchor))
-        best = tl.where(closer, cosines, best)
-        best_anchor = tl.where(closer, anchor, best_anchor)
-    for start in range(0, most, BLOCK):
+        is_nearer = (cosines > nearest_cosine) | ((cosines == nearest_cosine) & (anchor < nearest_anchor))
+        nearest_cosine = tl.where(is_nearer, cosines, nearest_cosine)
+        nearest_anchor = tl.where(is_nearer, anchor, nearest_anchor)
+    for start in range(0, max_anchors, BLOCK):
         at = start + places
         tl.store(
-            anchors + row * most + at, tl.zeros((BLOCK,), tl.int64) + num_tokens, mask=(at >= number) & (at < most)
+            anchors + row * max_anchors + at,
+            tl.zeros((BLOCK,), tl.int64) + num_tokens,
+            mask=(at >= count) & (at < max_anchors),
         )
     own_scale = tl.load(scale + row * num_tokens + places, mask=is_token, other=1.0)
-    best = tl.where(own_scale == own_scale, best, float("-inf"))
-    tl.store(nearest + row * num_tokens + places, best_anchor.to(tl.int64), mask=is_token)
-    tl.store(similarity + row * num_tokens + places, best, mask=is_token)
+    nearest_cosine = tl.where(own_scale == own_scale, nearest_cosine, float("-inf"))
+    tl.store(nearest + row * num_tokens + places, nearest_anchor.to(tl.int64), mask=is_token)
+    tl.store(similarity + row * num_tokens + places, nearest_cosine, mask=is_token)
 
 
 @jit
@@ -285,8 +335,8 @@ def _nearest_kernel(
     DEPTH: tl.constexpr,
 ):
     """
-    Which of the first `num_chosen` tokens of `chosen` is most similar to each token, the first among equal ones. One
-    program for each block of tokens of a row.
+    Which of the first `num_chosen` tokens of `chosen` is most similar to each token; the first among equal ones. One
+    program per block of tokens in a row.
     """
     row = tl.program_id(1).to(tl.int64)
     tokens += row * num_tokens * hidden_size
@@ -295,20 +345,20 @@ def _nearest_kernel(
     is_token = places < num_tokens
     own_scale = tl.load(scale + places, mask=is_token, other=1.0)
     depth = tl.arange(0, DEPTH)
-    lines = tl.arange(0, 64)
-    number = tl.load(num_chosen + row).to(tl.int32)
+    slots = tl.arange(0, 64)
+    count = tl.load(num_chosen + row).to(tl.int32)
     best = tl.full((SIZE,), float("-inf"), tl.float32)
     best_token = tl.full((SIZE,), -1, tl.int64)
-    for first in range(0, number, 64):
-        is_line = first + lines < number
-        token = tl.load(chosen + row * width + first + lines, mask=is_line, other=0)
+    for first in range(0, count, 64):
+        is_slot = first + slots < count
+        token = tl.load(chosen + row * width + first + slots, mask=is_slot, other=0)
         sums = tl.zeros((64, SIZE), tl.float32)
         for start in range(0, hidden_size, DEPTH):
             at = start + depth
             is_value = at < hidden_size
             one = tl.load(
                 tokens + token[:, None] * hidden_size + at[None, :],
-                mask=is_line[:, None] & is_value[None, :],
+                mask=is_slot[:, None] & is_value[None, :],
                 other=0.0,
             )
             other = tl.load(
@@ -317,19 +367,19 @@ def _nearest_kernel(
                 other=0.0,
             )
             sums = tl.dot(one, tl.trans(other), sums, input_precision="ieee")
-        line_scale = tl.load(scale + token, mask=is_line, other=1.0)
-        cosines = _in_range(sums * line_scale[:, None] * own_scale[None, :])
-        is_valid = is_line
+        slot_scale = tl.load(scale + token, mask=is_slot, other=1.0)
+        cosines = _in_range(sums * slot_scale[:, None] * own_scale[None, :])
+        is_valid = is_slot
         if ONLY_FINITE:
-            is_valid = is_valid & (line_scale == line_scale)
+            is_valid = is_valid & (slot_scale == slot_scale)
         cosines = tl.where(is_valid[:, None], cosines, float("-inf"))
         top = tl.max(cosines, 0)
-        # The first line that holds the maximum, and the token that it stands for.
-        line = tl.min(tl.where(cosines == top[None, :], lines[:, None], 64), 0)
-        found = tl.load(chosen + row * width + first + line, mask=first + line < number, other=0)
-        closer = top > best
-        best = tl.where(closer, top, best)
-        best_token = tl.where(closer, found, best_token)
+        # The first slot that holds the maximum, and its token.
+        slot = tl.min(tl.where(cosines == top[None, :], slots[:, None], 64), 0)
+        found = tl.load(chosen + row * width + first + slot, mask=first + slot < count, other=0)
+        is_nearer = top > best
+        best = tl.where(is_nearer, top, best)
+        best_token = tl.where(is_nearer, found, best_token)
     if ONLY_FINITE:
         best = tl.where(own_scale == own_scale, best, float("-inf"))
     tl.store(nearest + row * num_tokens + places, best_token, mask=is_token)
@@ -342,12 +392,12 @@ def _step_kernel(
     scale,
     num_anchors,
     closest,
-    low,
-    place,
+    block_cosine,
+    block_token,
     anchors,
     num_tokens,
     hidden_size,
-    most,
+    max_anchors,
     step,
     num_blocks,
     SIZE: tl.constexpr,
@@ -355,8 +405,9 @@ def _step_kernel(
     BLOCKS: tl.constexpr,
 ):
     """
-    The anchor of a step, the farthest token of those that the blocks of the last step named, and what it leaves for
-    the next. One program for each block of tokens of a row; step -1 names without an anchor.
+    One step of Eq. 5. Its anchor is the farthest of the tokens that the blocks wrote in the last step; then each block
+    updates its cosines and writes its own farthest token. Step -1 only writes. One program per block of tokens in a
+    row.
     """
     row = tl.program_id(1).to(tl.int64)
     batch = tl.num_programs(1)
@@ -366,20 +417,20 @@ def _step_kernel(
     closest += row * num_tokens
     places = block * SIZE + tl.arange(0, SIZE)
     is_token = places < num_tokens
-    near = tl.load(closest + places, mask=is_token, other=float("inf"))
-    number = tl.load(num_anchors + row)
-    if step >= number:
+    closest_cosine = tl.load(closest + places, mask=is_token, other=float("inf"))
+    count = tl.load(num_anchors + row)
+    if step >= count:
         if (step >= 0) & (block == 0):
-            tl.store(anchors + row * most + step, tl.zeros((), tl.int64) + num_tokens)
+            tl.store(anchors + row * max_anchors + step, tl.zeros((), tl.int64) + num_tokens)
     else:
         if step >= 0:
             blocks = tl.arange(0, BLOCKS)
             last = ((step + 1) % 2 * batch + row) * num_blocks
-            lows = tl.load(low + last + blocks, mask=blocks < num_blocks, other=float("inf"))
-            winner = tl.argmin(lows, 0, tie_break_left=True)
-            anchor = tl.load(place + last + winner)
+            cosines_of_blocks = tl.load(block_cosine + last + blocks, mask=blocks < num_blocks, other=float("inf"))
+            winner = tl.argmin(cosines_of_blocks, 0, tie_break_left=True)
+            anchor = tl.load(block_token + last + winner)
             if block == 0:
-                tl.store(anchors + row * most + step, anchor)
+                tl.store(anchors + row * max_anchors + step, anchor)
             depth = tl.arange(0, DEPTH)
             sums = tl.zeros((SIZE, DEPTH), tl.float32)
             for start in range(0, hidden_size, DEPTH):
@@ -393,9 +444,9 @@ def _step_kernel(
                 sums += one[None, :] * other
             own_scale = tl.load(scale + places, mask=is_token, other=1.0)
             cosines = _in_range(tl.sum(sums, 1) * own_scale * tl.load(scale + anchor))
-            near = tl.where(places == anchor, float("inf"), tl.maximum(near, cosines))
-            tl.store(closest + places, near, mask=is_token)
-        winner = tl.argmin(near, 0, tie_break_left=True)
+            closest_cosine = tl.where(places == anchor, float("inf"), tl.maximum(closest_cosine, cosines))
+            tl.store(closest + places, closest_cosine, mask=is_token)
+        winner = tl.argmin(closest_cosine, 0, tie_break_left=True)
         here = (step % 2 + 2) % 2
-        tl.store(low + (here * batch + row) * num_blocks + block, tl.min(near, 0))
-        tl.store(place + (here * batch + row) * num_blocks + block, (block * SIZE + winner).to(tl.int64))
+        tl.store(block_cosine + (here * batch + row) * num_blocks + block, tl.min(closest_cosine, 0))
+        tl.store(block_token + (here * batch + row) * num_blocks + block, (block * SIZE + winner).to(tl.int64))

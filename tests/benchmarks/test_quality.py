@@ -14,7 +14,7 @@ from benchmarks import quality, quality_page
 from benchmarks.quality import METHODS, Tally
 from examples.shapes_vqa.data import HELD_OUT_PAIRS, KINDS, held_out_questions
 from fsr_hf import FSRConfig, select_visual_tokens
-from fsr_hf.demo.small_families import export_small_model
+from fsr_hf.testing.small_families import export_small_model
 
 
 NUM_TOKENS = 576
@@ -321,7 +321,6 @@ def test_summary():
         (["--dtype", "int8"], "--dtype int8 must be"),
         (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
-        (["--docs"], "--docs needs --json"),
     ],
 )
 def test_refused_before_any_work(folder, monkeypatch, capsys, arguments, message):
@@ -399,6 +398,12 @@ def test_page(runs, tmp_path):
     plot = tmp_path / "quality.webp"
     assert plot.stat().st_size < 100_000
     assert Image.open(plot).width >= 800
+
+
+def test_the_page_needs_results(capsys):
+    with pytest.raises(SystemExit):
+        quality_page.main(["/nowhere/at/all.json"])
+    assert "/nowhere/at/all.json is no file" in capsys.readouterr().err
 
 
 def test_the_page_names_every_block(tmp_path, runs):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from hub.clean_inputs import digest, make_inputs
-from hub.stand_ins import STAND_INS
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoProcessor
@@ -19,6 +18,7 @@ from typer.testing import CliRunner
 
 from fsr_hf import export
 from fsr_hf.cli import app
+from fsr_hf.testing.small_families import export_small_model
 
 
 def run(*arguments: str) -> dict:
@@ -28,7 +28,7 @@ def run(*arguments: str) -> dict:
 
 model_type, output_dir = sys.argv[1], Path(sys.argv[2])
 torch.manual_seed(0)
-folder = STAND_INS[model_type](output_dir)
+folder = export_small_model(model_type, output_dir)
 api = HfApi()
 report: dict = {"push": run("push", str(folder), "org/fsr", "--tag", "v0.1.0")}
 report["again"] = run("push", str(folder), "org/fsr", "--tag", "v0.1.0")

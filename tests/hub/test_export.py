@@ -2,30 +2,24 @@
 
 import ast
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
+from hub.clean_run import in_one_worker, run_clean
+from hub.tiny_checkpoints import SIDE
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
-from processing.tiny_tokenizers import LLAVA_TEMPLATE, clip_image_processor, clip_tokenizer, llama_tokenizer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
-    CLIPConfig,
-    CLIPModel,
-    LlamaConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
@@ -40,108 +34,8 @@ from fsr_hf.hub.families import FAMILIES, Family
 from fsr_hf.hub.flatten import flat_files
 
 
-SIDE = 28  # pixels, 4 x 4 patches
-in_one_worker = pytest.mark.xdist_group("clean processes")  # whose fixture takes long
-
-
-class Checkpoints(NamedTuple):
-    stock: Path  # LLaVA, keys as llava-hf/llava-1.5-7b-hf has them
-    clip: Path  # the CLIP of its tower
-    fsr: Path  # the export of both
-
-
-def tiny_clip(hidden_size: int = 16, image_size: int = SIDE) -> CLIPModel:
-    tower = {"hidden_size": hidden_size, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    text = {**tower, "hidden_size": 24, "vocab_size": 200, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    vision = {**tower, "image_size": image_size, "patch_size": 7}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
-
-
-def old_key(key: str) -> str:
-    """The name of a LLaVA weight before transformers 4.52."""
-    for new, old in (
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-        ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
-        ("model.vision_tower.", "vision_tower.vision_model."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-    ):
-        if key.startswith(new):
-            return old + key.removeprefix(new)
-    raise AssertionError(key)
-
-
-def stock_llava(clip: CLIPModel) -> LlavaForConditionalGeneration:
-    tokenizer = llama_tokenizer()
-    text_config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        tie_word_embeddings=False,
-    )
-    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-    config = LlavaConfig(
-        text_config=text_config, vision_config=clip.config.vision_config, image_token_id=image_token_id
-    )
-    model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
-    return model
-
-
-def save_stock(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    folder.mkdir()
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    save_file({old_key(key): tensor for key, tensor in model.state_dict().items()}, folder / "model.safetensors")
-    LlavaProcessor(
-        image_processor=clip_image_processor(SIDE),
-        tokenizer=llama_tokenizer(),
-        patch_size=7,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=LLAVA_TEMPLATE,
-    ).save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory) -> Checkpoints:
-    root = tmp_path_factory.mktemp("checkpoints")
-    torch.manual_seed(0)
-    clip = tiny_clip()
-    clip.save_pretrained(root / "clip")
-    clip_tokenizer().save_pretrained(root / "clip")
-    save_stock(stock_llava(clip), root / "stock")
-    fsr = export(root / "stock", root / "fsr", text_encoder=root / "clip", fsr_config={"num_visual_tokens": 5})
-    return Checkpoints(root / "stock", root / "clip", fsr)
-
-
 def python_files(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.glob("*.py")}
-
-
-def run_clean(folder: Path, output_dir: Path, hub_id: str | None = None) -> dict:
-    """The report of `clean_process.py` on `folder`, read as a folder or out of the cache of a Hub repository."""
-    script = Path(__file__).with_name("clean_process.py")
-    environment = {**os.environ, "HF_HOME": str(output_dir / "cache"), "HF_HUB_OFFLINE": "1"}
-    output_dir.mkdir()
-    if hub_id is not None:
-        repository = output_dir / "cache" / "hub" / f"models--{hub_id.replace('/', '--')}"
-        shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text("0" * 40)
-    done = subprocess.run(
-        [sys.executable, "-I", str(script), hub_id or str(folder), str(output_dir)],
-        cwd=output_dir,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((output_dir / "report.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -320,9 +214,9 @@ def test_old_layout_and_text_tower_load_whole(checkpoints):
     state = model.state_dict()
     stock = LlavaForConditionalGeneration.from_pretrained(checkpoints.stock).state_dict()
     clip = load_file(checkpoints.clip / "model.safetensors")
-    text_side = {f"text_encoder.{key}": clip[key] for key in clip if key.startswith("text_model.")}
+    text_side = {f"model.text_encoder.{key}": clip[key] for key in clip if key.startswith("text_model.")}
     for key in ("text_projection.weight", "visual_projection.weight"):
-        text_side[f"text_encoder.{key}"] = clip[key]
+        text_side[f"model.text_encoder.{key}"] = clip[key]
     assert state.keys() == stock.keys() | text_side.keys()
     for key, tensor in {**stock, **text_side}.items():
         assert torch.equal(state[key], tensor), key
@@ -542,9 +436,9 @@ def test_wrong_input_is_refused_before_any_work(change, options, error, checkpoi
 def test_text_tower_in_the_config_but_not_in_the_weights(checkpoints, tmp_path):
     source = shutil.copytree(checkpoints.fsr, tmp_path / "source")
     index = json.loads((source / "model.safetensors.index.json").read_text())
-    del index["weight_map"]["text_encoder.text_projection.weight"]
+    del index["weight_map"]["model.text_encoder.text_projection.weight"]
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"lacks weights of it: text_encoder\.text_proj"):
+    with pytest.raises(ValueError, match=r"lacks weights of it: model\.text_encoder\.text_proj"):
         export(source, tmp_path / "fsr")
     (source / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks shards .*: model-00001-of-00002\.safetensors"):

@@ -1,10 +1,11 @@
 """A stock LLaVA-NeXT checkpoint becomes a Hub folder that works where the package is not installed."""
 
 import torch
-from hub.test_export import in_one_worker, run_clean, tiny_clip
-from modeling.test_modeling_fsr_llava_next import old_key
+from hub.clean_run import in_one_worker, run_clean
+from hub.tiny_checkpoints import SIDE, tiny_clip
+from old_keys import old_llava_key
 from PIL import Image
-from processing.test_processing_fsr_llava_next import LLAVA_TEMPLATE
+from processing.queries import chat, turn
 from processing.tiny_tokenizers import clip_tokenizer, llama_tokenizer
 from safetensors.torch import save_file
 from transformers import (
@@ -16,9 +17,9 @@ from transformers import (
 )
 
 from fsr_hf import FSRLlavaNextForConditionalGeneration, export
+from fsr_hf.testing.chat_templates import LLAVA_TEMPLATE
 
 
-SIDE = 28  # pixels, 4 x 4 patches
 PINPOINTS = [[28, 56], [56, 28], [56, 56]]
 
 
@@ -42,7 +43,7 @@ def save_stock(clip, folder):
     model = LlavaNextForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
     config.save_pretrained(folder)
-    weights = {old_key(key): tensor.contiguous() for key, tensor in model.state_dict().items()}
+    weights = {old_llava_key(key): tensor.contiguous() for key, tensor in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     LlavaNextProcessor(
         image_processor=LlavaNextImageProcessor(
@@ -78,12 +79,6 @@ def test_export_works_in_a_clean_process(tmp_path):
     assert {"pixel_values", "image_sizes", "query_input_ids"} < {*report["inputs"]}
     assert report["config"]["fsr_config"]["num_visual_tokens"] == 9
     assert report["other_budget"] == 2
-    content = [{"type": "image", "image": Image.new("RGB", (28, 28), "red")}, {"type": "text", "text": "a red dog?"}]
-    inputs = AutoProcessor.from_pretrained(folder).apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    question = turn("user", Image.new("RGB", (28, 28), "red"), "a red dog?")
+    inputs = chat(AutoProcessor.from_pretrained(folder), [question], add_generation_prompt=True)
     assert model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist() == report["tokens"]

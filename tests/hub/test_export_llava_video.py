@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from families import TEXT_CONFIG, initialize
-from hub.test_export import in_one_worker, run_clean
-from modeling.test_modeling_fsr_llava_video import save_original
+from hub.clean_run import in_one_worker, run_clean
+from original_llava_video import save_original
 from PIL import Image
 from processing.tiny_tokenizers import qwen_tokenizer
 from transformers import AutoProcessor

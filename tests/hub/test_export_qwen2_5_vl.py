@@ -4,10 +4,13 @@ import json
 
 import pytest
 import torch
-from hub.test_export import in_one_worker, run_clean, tiny_clip
-from modeling.test_modeling_fsr_qwen2_5_vl import old_key, save_checkpoint
+from hub.clean_run import in_one_worker, run_clean
+from hub.tiny_checkpoints import tiny_clip
+from old_keys import old_qwen_key
 from PIL import Image
+from processing.queries import chat, turn
 from safetensors.torch import load_file, save_file
+from tiny_qwen import save_checkpoint
 from transformers import AutoModel, AutoProcessor
 
 from fsr_hf import FSRQwen2_5_VLForConditionalGeneration, export
@@ -19,7 +22,7 @@ def stock(tmp_path):
     folder = tmp_path / "stock"
     save_checkpoint(folder)
     weights = load_file(folder / "model.safetensors")
-    weights = {old_key(key): tensor for key, tensor in weights.items()}
+    weights = {old_qwen_key(key): tensor for key, tensor in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     for code in folder.glob("*.py"):
         code.unlink()
@@ -49,14 +52,8 @@ def test_export_works_in_a_clean_process(stock, tmp_path):
     fsr = report["config"]["fsr_config"]
     assert (fsr["num_visual_tokens"], fsr["relevance"], fsr["positions"]) == (3, "none", "original")
     assert report["other_budget"] == 2
-    content = [{"type": "image", "image": Image.new("RGB", (28, 28), "red")}, {"type": "text", "text": "a red dog?"}]
-    inputs = AutoProcessor.from_pretrained(folder).apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    question = turn("user", Image.new("RGB", (28, 28), "red"), "a red dog?")
+    inputs = chat(AutoProcessor.from_pretrained(folder), [question], add_generation_prompt=True)
     out = model.generate(
         **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_visual_selection=True
     )

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub.test_export import checkpoints  # noqa: F401 (a fixture)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
@@ -180,7 +179,7 @@ def check_hub_folder(folder: Path, original: dict[str, bytes | str]) -> str:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_a_clear_error_or_the_right_result(part, checkpoints, tmp_path):  # noqa: F811
+def test_a_clear_error_or_the_right_result(part, checkpoints, tmp_path):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(part)

@@ -1,6 +1,5 @@
 """What an export writes beside the model, and what `verify` and `push` make of a folder that is not right."""
 
-import json
 import os
 import shutil
 import signal
@@ -9,28 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub.test_export import checkpoints  # noqa: F401 (a fixture)
+from hub.tiny_checkpoints import edit_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
-from fsr_hf import export
+from fsr_hf import __version__, export
 from fsr_hf.cli import app
 from fsr_hf.hub.cards import card_data
 from fsr_hf.hub.manifest import MANIFEST, Fingerprint, compare_manifest, read_manifest
 from fsr_hf.hub.verify import check_code, check_folder, check_loads, verify
-
-
-@pytest.fixture
-def folder(checkpoints, tmp_path):  # noqa: F811
-    """An export that a test may spoil."""
-    return shutil.copytree(checkpoints.fsr, tmp_path / "fsr")
-
-
-def edit(file, change) -> None:
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
 
 
 def test_manifest_lists_every_file(folder):
@@ -48,7 +35,7 @@ def test_manifest_lists_every_file(folder):
         (lambda f: (f / "LICENSE").write_text("mine"), []),
         (lambda f: (f / "chat_template.jinja").unlink(), ["chat_template.jinja is missing"]),
         (
-            lambda f: edit(f / "generation_config.json", lambda c: c.update(num_beams=2)),
+            lambda f: edit_json(f / "generation_config.json", lambda c: c.update(num_beams=2)),
             ["generation_config.json has"],
         ),
         (lambda f: (f / "fsr.py").unlink(), ["fsr.py is missing", "fsr.py is missing"]),
@@ -58,11 +45,11 @@ def test_manifest_lists_every_file(folder):
             ["pytorch_model.bin is not in the manifest", "pytorch_model.bin can run code"],
         ),
         (
-            lambda f: edit(f / "config.json", lambda c: c["auto_map"].update(AutoModel="org/evil--x.Y")),
+            lambda f: edit_json(f / "config.json", lambda c: c["auto_map"].update(AutoModel="org/evil--x.Y")),
             ["config.json has", "config.json: `auto_map` is"],
         ),
         (
-            lambda f: edit(
+            lambda f: edit_json(
                 f / "tokenizer_config.json", lambda c: c.update(auto_map={"AutoTokenizer": ["evil.X", None]})
             ),
             ["tokenizer_config.json has", "tokenizer_config.json: `auto_map` names other code"],
@@ -93,10 +80,10 @@ def test_one_bit_of_the_weights(folder):
 def test_code_of_another_version_is_left_to_the_manifest(folder):
     (folder / "fsr.py").write_text("# another version\n")
     assert check_code(folder, "0.0.1") == []
-    assert check_code(folder) == ["fsr.py is not that of fsr-hf 0.1.0"]
+    assert check_code(folder) == [f"fsr.py is not that of fsr-hf {__version__}"]
 
 
-def test_saved_by_the_installed_package(checkpoints, tmp_path):  # noqa: F811
+def test_saved_by_the_installed_package(checkpoints, tmp_path):
     """The code is listed at once; weights and settings that come later are not, and a later save makes it no lie."""
     folder = shutil.copytree(checkpoints.fsr, tmp_path / "fsr")
     config = AutoConfig.from_pretrained(folder)
@@ -131,13 +118,15 @@ def test_what_would_not_load(change, fault, folder):
     tensors = load_file(shard)
     if change == "missing":
         del tensors["language_model.lm_head.weight"]
-        edit(folder / "model.safetensors.index.json", lambda c: c["weight_map"].pop("language_model.lm_head.weight"))
+        edit_json(
+            folder / "model.safetensors.index.json", lambda c: c["weight_map"].pop("language_model.lm_head.weight")
+        )
     elif change == "shape":
         tensors["multi_modal_projector.linear_1.weight"] = torch.zeros(3, 16)
     elif change == "processor":
         shutil.rmtree(folder / "query_tokenizer")
     elif change == "budget":
-        edit(folder / "config.json", lambda c: c["fsr_config"].update(num_visual_tokens=0))
+        edit_json(folder / "config.json", lambda c: c["fsr_config"].update(num_visual_tokens=0))
     save_file(tensors, shard)
     if change == "shard":
         shard.unlink()
@@ -147,7 +136,7 @@ def test_what_would_not_load(change, fault, folder):
     assert done.exit_code == 1 and done.stderr.startswith(f"fsr-hf: {folder} is not uploaded: ")
 
 
-def test_export_that_would_not_load_is_refused(checkpoints, tmp_path):  # noqa: F811
+def test_export_that_would_not_load_is_refused(checkpoints, tmp_path):
     source = shutil.copytree(checkpoints.stock, tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     del tensors["language_model.lm_head.weight"]
@@ -173,7 +162,7 @@ def killed(target: str, run) -> None:
 @pytest.mark.parametrize(
     "step", ["weights.copy_shard", "weights._save_tensors", "export._copy_files", "export._name_processor"]
 )
-def test_killed_export_leaves_nothing_that_loads(step, checkpoints, tmp_path):  # noqa: F811
+def test_killed_export_leaves_nothing_that_loads(step, checkpoints, tmp_path):
     target = tmp_path / "fsr"
     killed(f"fsr_hf.hub.{step}", lambda: export(checkpoints.stock, target, text_encoder=checkpoints.clip))
     left = tmp_path / "fsr.incomplete"
@@ -192,7 +181,7 @@ def test_killed_export_leaves_nothing_that_loads(step, checkpoints, tmp_path):  
         *("pathlib.Path.replace", "fsr_hf.hub.staging.folder_files", "pathlib.Path.rmdir"),
     ],
 )
-def test_killed_replacement_leaves_the_old_or_the_new_folder(step, folder, checkpoints, tmp_path):  # noqa: F811
+def test_killed_replacement_leaves_the_old_or_the_new_folder(step, folder, checkpoints, tmp_path):
     """... and the next export, with or without `force`, finishes what the killed one has begun."""
     (folder / "mine").mkdir()
     (folder / "mine" / "notes.txt").write_text("mine")
@@ -217,7 +206,7 @@ def test_killed_replacement_leaves_the_old_or_the_new_folder(step, folder, check
     assert sorted(tmp_path.iterdir()) == [folder, replaced]
 
 
-def test_licence_of_the_base(checkpoints, tmp_path):  # noqa: F811
+def test_licence_of_the_base(checkpoints, tmp_path):
     base = "llava-hf/llava-1.5-7b-hf"
     folder = export(checkpoints.stock, tmp_path / "fsr", base_model=base, progress=False)
     notice = (folder / "NOTICE").read_text()

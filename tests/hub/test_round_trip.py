@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import pytest
 from hub.hub_server import Fault, HubServer
-from hub.stand_ins import STAND_INS
+
+from fsr_hf.testing.small_families import SMALL_FAMILIES
 
 
 FAMILIES = [
     pytest.param(model_type, marks=pytest.mark.xdist_group(f"hub {model_type}"), id=model_type)
-    for model_type in STAND_INS
+    for model_type in SMALL_FAMILIES
 ]
 # Status (0: the connection is lost in the middle), file, and what loads it. The first family tries them all.
 FAULTS = [
@@ -52,8 +53,13 @@ def run(script: str, *arguments: str, isolated: bool, **environment: str) -> Non
     paths = [str(here.parent), str(here.parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     done = subprocess.run(
         [sys.executable, *(["-I"] if isolated else []), str(here / script), *arguments],
-        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": os.pathsep.join(paths)}
-        | environment,
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "PYTHONPATH": os.pathsep.join(paths),
+            **environment,
+        },
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

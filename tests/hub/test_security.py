@@ -20,15 +20,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hub.test_export import checkpoints  # noqa: F401 (a fixture)
-from hub.test_publishing import edit
+from hub.tiny_checkpoints import edit_json
 from huggingface_hub.hf_api import RepoFile
 from processing.tiny_tokenizers import clip_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from typer.testing import CliRunner
 
-from fsr_hf import export
+from fsr_hf import __version__, export
 from fsr_hf.cli import app
 from fsr_hf.hub.families import FAMILIES
 from fsr_hf.hub.flatten import flat_files
@@ -36,16 +35,17 @@ from fsr_hf.hub.manifest import Fingerprint, write_manifest
 from fsr_hf.hub.verify import check_loads, verify
 
 
-# Of the standard library, what can do none of that; of `os` the name of a type.
+# Of the standard library, what can do none of that; of `os` and `threading` two types, and one variable of ours.
 MODULES = {
     *("collections", "collections.abc", "contextlib", "contextvars", "copy", "dataclasses", "difflib", "functools"),
-    *("inspect", "itertools", "math", "os", "re", "typing"),
+    *("inspect", "itertools", "math", "os", "re", "threading", "typing"),
     "huggingface_hub.dataclasses",
 }
-OF_OS = {"PathLike"}
+OF_MODULES = {"os": {"PathLike"}, "threading": {"local"}}
+OUR_VARIABLE = "os.environ.get('FSR_SILENCE_VERSION_WARNING')"
 OF_TORCH = {"torch", "torch.nn", "torch.nn.functional", "torch.nn.utils.rnn"}
 FUNCTIONS = {
-    *("__import__", "breakpoint", "compile", "delattr", "eval", "exec", "globals", "input", "locals", "open", "vars"),
+    *("__import__", "breakpoint", "compile", "eval", "exec", "globals", "input", "locals", "open"),
 }
 # Methods and functions, whatever they belong to.
 ATTRIBUTES = {
@@ -61,14 +61,17 @@ OF_THE_TORCH_MODULE = {"load", "save", "ops", "classes", "serialization", "packa
 def faults(source: str) -> list[str]:
     """What in a module of a Hub folder does more than compute."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    ours = [call.func for call in ast.walk(tree) if isinstance(call, ast.Call) and ast.unparse(call) == OUR_VARIABLE]
+    allowed = {id(node) for call in ours for node in ast.walk(call)}
+    for node in (node for node in ast.walk(tree) if id(node) not in allowed):
         modules = []
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
             modules = [node.module]
-            if node.module == "os":
-                found += [f"os.{alias.name}" for alias in node.names]
+            if node.module in OF_MODULES:
+                found += [f"{node.module}.{alias.name}" for alias in node.names]
             found += [
                 f"torch.{a.name}" for a in node.names if node.module == "torch" and a.name in OF_THE_TORCH_MODULE
             ]
@@ -78,7 +81,7 @@ def faults(source: str) -> list[str]:
             owner = ast.unparse(node.value)
             if (
                 node.attr in ATTRIBUTES
-                or (owner == "os" and node.attr not in OF_OS)
+                or node.attr not in OF_MODULES.get(owner, {node.attr})
                 or (owner == "torch" and node.attr in OF_THE_TORCH_MODULE)
             ):
                 found.append(f"{owner}.{node.attr}")
@@ -107,6 +110,9 @@ def test_flat_code_computes_and_no_more(family):
         "import os\nos.system('ls')",
         "from os import system",
         "import os\nos.environ['HF_TOKEN']",
+        "import os\nos.environ.get('HF_TOKEN')",
+        "import threading\nthreading.Thread(target=print)",
+        "from threading import Thread",
         "eval('1')",
         "exec('1')",
         "__import__('os')",
@@ -123,16 +129,10 @@ def test_the_check_finds_what_it_should(source):
     assert faults(source)
 
 
-@pytest.fixture
-def folder(checkpoints, tmp_path):  # noqa: F811
-    """An export that a test may spoil."""
-    return shutil.copytree(checkpoints.fsr, tmp_path / "fsr")
-
-
 # What a hostile publisher does to a folder, and a line that `verify` prints of it: of an unlisted file, and of what is
 # found even when the manifest was written anew.
 def nested_auto_map(folder):
-    edit(folder / "processor_config.json", lambda c: c["image_processor"].update(auto_map="evil/repo--evil.X"))
+    edit_json(folder / "processor_config.json", lambda c: c["image_processor"].update(auto_map="evil/repo--evil.X"))
 
 
 def zeros_beside_the_shards(folder):
@@ -170,27 +170,33 @@ FOREIGN = [
     ),
     (nested_auto_map, "processor_config.json: `auto_map` names other code: evil/repo--evil.X"),
     (
-        lambda f: edit(f / "query_tokenizer/tokenizer_config.json", lambda c: c.update(auto_map=["evil--x.Y", None])),
+        lambda f: edit_json(
+            f / "query_tokenizer/tokenizer_config.json", lambda c: c.update(auto_map=["evil--x.Y", None])
+        ),
         "query_tokenizer/tokenizer_config.json: `auto_map` names other code: ['evil--x.Y', None]",
     ),
     (
-        lambda f: edit(f / "config.json", lambda c: c["text_config"].update(auto_map={"AutoModel": "evil/x--y.Z"})),
+        lambda f: edit_json(
+            f / "config.json", lambda c: c["text_config"].update(auto_map={"AutoModel": "evil/x--y.Z"})
+        ),
         "config.json: `auto_map` names other code: {'AutoModel': 'evil/x--y.Z'}",
     ),
     (
-        lambda f: edit(f / "config.json", lambda c: c.update(custom_pipelines={"x": {"impl": "evil--x.Y"}})),
+        lambda f: edit_json(f / "config.json", lambda c: c.update(custom_pipelines={"x": {"impl": "evil--x.Y"}})),
         "config.json: `custom_pipelines` names other code or weights: {'x': {'impl': 'evil--x.Y'}}",
     ),
     (
-        lambda f: edit(f / "config.json", lambda c: c.update(transformers_weights="other.safetensors")),
+        lambda f: edit_json(f / "config.json", lambda c: c.update(transformers_weights="other.safetensors")),
         "config.json: `transformers_weights` names other code or weights: other.safetensors",
     ),
     (
-        lambda f: edit(f / "config.json", lambda c: c["vision_config"].update(_attn_implementation="evil/kernel")),
+        lambda f: edit_json(
+            f / "config.json", lambda c: c["vision_config"].update(_attn_implementation="evil/kernel")
+        ),
         "config.json: `_attn_implementation` names a kernel of the Hub: evil/kernel",
     ),
-    (custom_generate, "custom_generate/generate.py is no file of fsr-hf 0.1.0"),
-    (lambda f: (f / "fsr.py").write_text("evil = True\n"), "fsr.py is not that of fsr-hf 0.1.0"),
+    (custom_generate, f"custom_generate/generate.py is no file of fsr-hf {__version__}"),
+    (lambda f: (f / "fsr.py").write_text("evil = True\n"), f"fsr.py is not that of fsr-hf {__version__}"),
     (lambda f: (f / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin can run code when it is loaded"),
 ]
 
@@ -235,7 +241,7 @@ def test_a_file_that_cannot_be_read_hides_nothing(content, folder):
     assert len(check_loads(folder)) == 1
 
 
-def test_manifest_of_another_place(checkpoints, folder, tmp_path):  # noqa: F811
+def test_manifest_of_another_place(checkpoints, folder, tmp_path):
     """A manifest that was rewritten along with the weights is right in itself; another copy of it tells."""
     shard = folder / "model-00001-of-00002.safetensors"
     save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(shard).items()}, shard)
@@ -297,7 +303,7 @@ def test_push_uploads_no_file_from_outside(folder, tmp_path):
 
 # Sources.
 @pytest.fixture
-def source(checkpoints, tmp_path):  # noqa: F811
+def source(checkpoints, tmp_path):
     """A stock checkpoint that a test may spoil."""
     return shutil.copytree(checkpoints.stock, tmp_path / "source")
 
@@ -493,7 +499,7 @@ def add_noise(scale):
         (torch.randn_like, "-?0.0"),  # another tower
     ],
 )
-def test_the_text_encoder_is_that_of_the_vision_tower(change, cosine, source, checkpoints, tmp_path):  # noqa: F811
+def test_the_text_encoder_is_that_of_the_vision_tower(change, cosine, source, checkpoints, tmp_path):
     torch.manual_seed(0)
     file = source / "model.safetensors"
     tensors = load_file(file)
@@ -505,17 +511,17 @@ def test_the_text_encoder_is_that_of_the_vision_tower(change, cosine, source, ch
         export(source, tmp_path / "fsr", text_encoder=checkpoints.clip, progress=False)
 
 
-def test_a_tower_without_its_last_block_is_the_same(source, checkpoints, tmp_path):  # noqa: F811
+def test_a_tower_without_its_last_block_is_the_same(source, checkpoints, tmp_path):
     tensors = load_file(source / "model.safetensors")
     save_file(
         {n: t for n, t in tensors.items() if "vision_model.encoder.layers.2." not in n}, source / "model.safetensors"
     )
-    edit(source / "config.json", lambda c: c["vision_config"].update(num_hidden_layers=2))
+    edit_json(source / "config.json", lambda c: c["vision_config"].update(num_hidden_layers=2))
     folder = export(source, tmp_path / "fsr", text_encoder=checkpoints.clip, progress=False)
     assert verify(folder) == check_loads(folder) == []
 
 
-def test_a_clip_of_pickles_that_would_run_code(source, checkpoints, tmp_path):  # noqa: F811
+def test_a_clip_of_pickles_that_would_run_code(source, checkpoints, tmp_path):
     clip = shutil.copytree(checkpoints.clip, tmp_path / "clip")
     (clip / "model.safetensors").unlink()
     for content in (b"", b"cos\nsystem\n(S'touch ran'\ntR.", pickle.dumps(["no", "tensors"])):
@@ -563,7 +569,7 @@ def test_a_manifest_deletes_nothing_outside(folder, source, tmp_path):
     listed = Fingerprint.of(tmp_path / "outside.txt")._asdict()
     names = ("../outside.txt", str(tmp_path / "outside.txt"), "sub/outside.txt")
     (folder / "sub").symlink_to(tmp_path)
-    edit(folder / "fsr_manifest.json", lambda c: c["files"].update(dict.fromkeys(names, listed)))
+    edit_json(folder / "fsr_manifest.json", lambda c: c["files"].update(dict.fromkeys(names, listed)))
     export(source, folder, force=True, progress=False)
     assert (tmp_path / "outside.txt").read_text() == "mine"
     assert [path.name for path in (tmp_path / "fsr.replaced").iterdir()] == ["sub"]
@@ -586,12 +592,12 @@ def test_a_second_export_into_one_output_is_refused_at_once(source, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"fsr", "source"}
 
 
-def test_a_disk_that_fills_while_the_text_side_is_written(source, checkpoints, tmp_path):  # noqa: F811
+def test_a_disk_that_fills_while_the_text_side_is_written(source, checkpoints, tmp_path):
     clip = shutil.copytree(checkpoints.clip, tmp_path / "clip")
     tensors = load_file(clip / "model.safetensors")
     tensors["text_model.embeddings.token_embedding.weight"] = torch.zeros(20_000, 24)
     save_file(tensors, clip / "model.safetensors")
-    edit(clip / "config.json", lambda c: c["text_config"].update(vocab_size=20_000))
+    edit_json(clip / "config.json", lambda c: c["text_config"].update(vocab_size=20_000))
     script = (
         "import resource, sys; from fsr_hf.cli import app; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); app(sys.argv[1:])"

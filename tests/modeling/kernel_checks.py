@@ -7,10 +7,10 @@ import random
 
 import pytest
 import torch
-from modeling.test_attention_received import inputs, reference
-from modeling.test_fsr import check_exact_pools, same_selection
+from received import queries_and_keys, received_by_maps
+from selection_checks import check_exact_pools, same_selection
 
-from fsr_hf.modeling import fsr, scan_kernel
+from fsr_hf.modeling import fsr, scan_kernel, triton_launch
 from fsr_hf.modeling import saliency as saliency_module
 from fsr_hf.modeling.fsr import select_visual_tokens
 from fsr_hf.modeling.saliency import attention_received
@@ -19,8 +19,9 @@ from fsr_hf.modeling.triton_launch import can_launch, is_interpreted
 
 @pytest.fixture(autouse=True)
 def watched(monkeypatch):
-    """Each test has to launch kernels."""
+    """Each test has to launch kernels. `kernel_trust_checks.py` tests the check that comes before, skipped here."""
     assert is_interpreted() and can_launch(torch.zeros(1))
+    monkeypatch.setattr(triton_launch, "_have_agreed", lambda *args: True)
     calls = []
     for owner, name in ((fsr, "scan_on_gpu"), (saliency_module, "received_on_gpu")):
         original = getattr(owner, name)
@@ -33,13 +34,13 @@ def watched(monkeypatch):
 def way(request, monkeypatch):
     """Cosines of all pairs at once, or when they are needed."""
     if request.param == "no pairs":
-        monkeypatch.setattr(scan_kernel, "_MOST_PAIRS", 0)
+        monkeypatch.setattr(scan_kernel, "_MAX_PAIRS", 0)
 
 
 @pytest.mark.parametrize("chunk", range(2))
 def test_equals_the_equations_with_ties_and_non_finite_values(chunk, way):
     for seed in range(12):
-        check_exact_pools(random.Random(9000 + 1000 * chunk + seed), most_tokens=20)
+        check_exact_pools(random.Random(9000 + 1000 * chunk + seed), max_tokens=20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -53,7 +54,7 @@ def test_equals_torch(dtype, way, monkeypatch):
     arguments = (features, saliency, relevance, torch.tensor([40, 25]))
     options = {"mask": mask, "rho": 0.4, "max_num_visual_tokens": 40}
     selection = select_visual_tokens(*arguments, **options)
-    monkeypatch.setattr(fsr, "can_launch", lambda features: False)
+    monkeypatch.setattr(fsr, "can_scan_on_gpu", lambda *args: False)
     expected = select_visual_tokens(*arguments, **options)
     assert (~expected.is_focus & (expected.indices >= 0)).sum() > 30
     for either in (selection, expected):
@@ -77,10 +78,10 @@ def test_equal_tokens_are_a_tie_in_any_number(way):
 def test_rows_that_do_not_fit_into_memory_together(monkeypatch):
     features, saliency = torch.randn(3, 40, 16), torch.rand(3, 40) ** 4
     expected = select_visual_tokens(features, saliency, None, 12, rho=0.3)
-    monkeypatch.setattr(scan_kernel, "_MOST_MEMORY", 2 * 4 * 40**2)
+    monkeypatch.setattr(scan_kernel, "_MAX_PAIRS_MEMORY", 2 * 4 * 40**2)
     calls = []
-    original = scan_kernel._pairs
-    monkeypatch.setattr(scan_kernel, "_pairs", lambda *a: calls.append(len(a[0])) or original(*a))
+    original = scan_kernel._cosines_of_pairs
+    monkeypatch.setattr(scan_kernel, "_cosines_of_pairs", lambda *a: calls.append(len(a[0])) or original(*a))
     same_selection(select_visual_tokens(features, saliency, None, 12, rho=0.3), expected)
     assert calls == [2, 1]
 
@@ -99,28 +100,28 @@ def test_gradients_are_those_of_torch(monkeypatch):
     saliency, upstream = torch.rand(2, 30, generator=generator) ** 6, torch.randn(2, 10, 16, generator=generator)
     (select_visual_tokens(features, saliency, None, 10, rho=0.3).features * upstream).sum().backward()
     found, features.grad = features.grad, None
-    monkeypatch.setattr(fsr, "can_launch", lambda features: False)
+    monkeypatch.setattr(fsr, "can_scan_on_gpu", lambda *args: False)
     (select_visual_tokens(features, saliency, None, 10, rho=0.3).features * upstream).sum().backward()
     torch.testing.assert_close(found, features.grad)
 
 
 @pytest.mark.parametrize("lengths", [[37], [20, 1, 16], [9] * 4 + [1], [150, 70]])
 def test_attention_received(lengths):
-    query, key = inputs(sum(lengths))
+    query, key = queries_and_keys(sum(lengths))
     received = attention_received(query, key, lengths, 0.3)
-    torch.testing.assert_close(received.double(), reference(query, key, lengths, 0.3), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(received.double(), received_by_maps(query, key, lengths, 0.3), rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_attention_received_in_half_precision(dtype):
-    query, key = (tensor.to(dtype) for tensor in inputs(200, heads=2, head_dim=20))
+    query, key = (tensor.to(dtype) for tensor in queries_and_keys(200, heads=2, head_dim=20))
     views = torch.stack([query, key], dim=2).unbind(2)  # not contiguous
     received = attention_received(*views, [130, 70], 0.3)
     assert received.dtype == torch.float32
-    torch.testing.assert_close(received.double(), reference(query, key, [130, 70], 0.3), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(received.double(), received_by_maps(query, key, [130, 70], 0.3), rtol=1e-5, atol=1e-8)
 
 
 def test_attention_received_stays_finite():
-    query, key = (tensor * 1e4 for tensor in inputs(12))
+    query, key = (tensor * 1e4 for tensor in queries_and_keys(12))
     received = attention_received(query, key, [12], 1.0)
-    torch.testing.assert_close(received.double(), reference(query, key, [12], 1.0), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(received.double(), received_by_maps(query, key, [12], 1.0), rtol=1e-5, atol=1e-8)

@@ -5,34 +5,19 @@ import sys
 
 import pytest
 import torch
+from received import queries_and_keys, received_by_maps
 
 from fsr_hf.modeling import saliency
 from fsr_hf.modeling.saliency import attention_received
-
-
-def inputs(tokens: int, heads: int = 3, head_dim: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    query, key = torch.randn(2, tokens, heads, head_dim, generator=torch.Generator().manual_seed(seed)) * 2
-    return query, key
-
-
-def reference(query: torch.Tensor, key: torch.Tensor, lengths: list[int], scale: float) -> torch.Tensor:
-    """Whole maps in float64, averaged over heads and over the queries of the segment."""
-    received, start = [], 0
-    for length in lengths:
-        segment = slice(start, start + length)
-        maps = torch.einsum("qhd,khd->hqk", query[segment].double(), key[segment].double()) * scale
-        received.append(maps.softmax(-1).mean((0, 1)))
-        start += length
-    return torch.cat(received)
 
 
 @pytest.mark.parametrize("block_scores", [1, 100, 2**24])
 @pytest.mark.parametrize("lengths", [[37], [20, 1, 16], [9] * 4 + [1]])
 def test_equals_the_maps_written_out(lengths, block_scores, monkeypatch):
     monkeypatch.setattr(saliency, "_BLOCK_SCORES", block_scores)
-    query, key = inputs(37)
+    query, key = queries_and_keys(37)
     received = attention_received(query, key, lengths, 0.3)
-    torch.testing.assert_close(received.double(), reference(query, key, lengths, 0.3), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(received.double(), received_by_maps(query, key, lengths, 0.3), rtol=1e-5, atol=1e-8)
     for segment in received.split(lengths):
         torch.testing.assert_close(segment.sum(), torch.tensor(1.0))
 
@@ -51,21 +36,23 @@ def test_columns_are_summed_not_rows():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_summed_in_float32(dtype):
     """1 + 1/512 is 1 in bfloat16: sums in the dtype of the input would be off by far more than its rounding."""
-    query, key = (tensor.to(dtype) for tensor in inputs(700, heads=2))
+    query, key = (tensor.to(dtype) for tensor in queries_and_keys(700, heads=2))
     with torch.autocast("cpu", torch.bfloat16):
         received = attention_received(query, key, [700], 0.3)
     assert received.dtype == torch.float32
-    torch.testing.assert_close(received.double(), reference(query, key, [700], 0.3), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(received.double(), received_by_maps(query, key, [700], 0.3), rtol=1e-5, atol=1e-8)
 
 
 def test_scores_far_out_stay_finite():
-    query, key = inputs(12)
+    query, key = queries_and_keys(12)
     received = attention_received(query * 1e4, key * 1e4, [12], 1.0)
-    torch.testing.assert_close(received.double(), reference(query * 1e4, key * 1e4, [12], 1.0), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        received.double(), received_by_maps(query * 1e4, key * 1e4, [12], 1.0), rtol=1e-5, atol=1e-8
+    )
 
 
 def test_no_gradient_and_inputs_unchanged():
-    query, key = (tensor.requires_grad_() for tensor in inputs(10))
+    query, key = (tensor.requires_grad_() for tensor in queries_and_keys(10))
     before = query.detach().clone()
     assert not attention_received(query, key, [4, 6], 0.5).requires_grad
     assert torch.equal(query, before)

@@ -5,182 +5,16 @@ import itertools
 import math
 import pathlib
 import random
+import re
 from dataclasses import fields
+from fractions import Fraction
 
 import pytest
 import torch
+from selection_checks import SETTINGS, check_row, exact_pool, same_selection
 
 from fsr_hf.modeling import fsr
 from fsr_hf.modeling.fsr import VisualSelection, select_visual_tokens
-
-
-# --- The reference: one row, plain Python floats. `gaps` collects by how much each decision was won. ---
-
-
-def min_max(scores):
-    finite = [score for score in scores if math.isfinite(score)]
-    if not finite or min(finite) == max(finite):
-        return [1.0] * len(scores)
-    low, high = min(finite), max(finite)
-    return [((score if math.isfinite(score) else low) - low) / (high - low) for score in scores]
-
-
-def cosine(u, v):
-    if not all(map(math.isfinite, u + v)):
-        return -1.0
-    norms = math.sqrt(sum(a * a for a in u)) * math.sqrt(sum(b * b for b in v))
-    return sum(a * b for a, b in zip(u, v, strict=True)) / norms if norms else 0.0
-
-
-def descending(values, gaps):
-    """Indices of `values`, a dict, from the largest to the smallest value; the lower index first among equals."""
-    order = sorted(values, key=lambda i: (-values[i], i))
-    gaps.extend(values[i] - values[j] for i, j in itertools.pairwise(order) if values[i] != values[j])
-    return order
-
-
-def reference(features, saliency, relevance, budget, alpha, beta, rho, kappa, focus_mass):
-    """Returns kept (ascending), focus, priority, merged_into, {kept token: features after Refine}, gaps."""
-    num_tokens, gaps = len(features), []
-    if num_tokens == 0 or budget == 0:
-        return [], set(), [], {}, {}, gaps
-    cos = [[cosine(u, v) for v in features] for u in features]
-    finite = [all(map(math.isfinite, v)) for v in features]
-
-    # Eq. 3
-    priority = [s**beta for s in min_max(saliency)]
-    if relevance is not None:
-        priority = [r**alpha * p for r, p in zip(min_max(relevance), priority, strict=True)]
-
-    # Eq. 4
-    budget = min(budget, num_tokens)
-    order = descending(dict(enumerate(priority)), gaps)
-    total = math.fsum(priority[i] for i in (order if focus_mass == "all" else order[:budget]))
-    num_focus, mass = 0, 0.0
-    while num_focus == 0 or (mass < rho * total and num_focus < budget):
-        mass += priority[order[num_focus]]
-        num_focus += 1
-        if mass != rho * total:
-            gaps.append(abs(mass - rho * total))
-    focus = set(order[:num_focus])
-
-    # Eq. 5
-    kept = set(focus)
-    while len(kept) < budget:
-        distance = {i: min(1 - cos[i][j] for j in kept) for i in range(num_tokens) if i not in kept}
-        kept.add(descending(distance, gaps)[0])
-    anchors = sorted(kept - focus)
-
-    # Eq. 8
-    assigned, similarity = {}, {}
-    for i in range(num_tokens):
-        candidates = {j: cos[i][j] for j in anchors if finite[j]}
-        if i not in kept and finite[i] and candidates:
-            assigned[i] = descending(candidates, gaps)[0]
-            similarity[i] = candidates[assigned[i]]
-    merged = descending(similarity, gaps)[: math.floor(kappa * len(anchors) + 1e-6)]
-    merged_into = {i: assigned[i] for i in merged}
-
-    # Eq. 9, token by token
-    weight, refined = list(priority), {j: list(features[j]) for j in kept}
-    for i in sorted(merged):
-        j = merged_into[i]
-        if weight[j] + priority[i] > 0:
-            refined[j] = [
-                (weight[j] * a + priority[i] * b) / (weight[j] + priority[i])
-                for a, b in zip(refined[j], features[i], strict=True)
-            ]
-        weight[j] += priority[i]
-    return sorted(kept), focus, priority, merged_into, refined, gaps
-
-
-def check_row(selection, row, features, saliency, relevance, mask, budget, settings, min_gap=0.0):
-    """Compare one row of a selection with the reference; False if some decision was too close to call."""
-    real = [i for i, is_real in enumerate(mask) if is_real]
-    kept, focus, priority, merged_into, refined, gaps = reference(
-        [features[i] for i in real],
-        [saliency[i] for i in real],
-        None if relevance is None else [relevance[i] for i in real],
-        budget,
-        **settings,
-    )
-    if gaps and min(gaps) < min_gap:
-        return False
-    width = selection.indices.shape[1]
-    padding = width - len(kept)
-    assert selection.indices[row].tolist() == [real[i] for i in kept] + [-1] * padding
-    assert selection.is_focus[row].tolist() == [i in focus for i in kept] + [False] * padding
-    expected = [-1] * len(mask)
-    for token, anchor in merged_into.items():
-        expected[real[token]] = real[anchor]
-    assert selection.merged_into[row].tolist() == expected
-    expected = torch.zeros(len(mask), dtype=torch.float64)
-    if priority:
-        expected[real] = torch.tensor(priority, dtype=torch.float64)
-        torch.testing.assert_close(selection.priority[row].double(), expected, rtol=1e-6, atol=1e-7)
-    for slot, token in enumerate(kept):
-        values = selection.features[row, slot]
-        original = torch.tensor(features[real[token]])
-        if token not in merged_into.values():
-            assert torch.equal(values.view(torch.int32), original.view(torch.int32))
-        expected = torch.tensor(refined[token], dtype=torch.float64)
-        torch.testing.assert_close(values.double(), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
-    assert not selection.features[row, len(kept) :].any()
-    return True
-
-
-SETTINGS = [
-    dict(zip(("alpha", "beta", "rho", "kappa", "focus_mass"), values, strict=True))
-    for values in itertools.product((0, 1, 3), (0, 1), (0.3, 0.5, 0.9, 1.0), (0, 0.5, 1, 5), ("all", "budget"))
-]
-
-
-def exact_pool(rng, num_tokens):
-    """
-    Values whose scores, sums and cosines are exact in float32, so that every tie is one there too.
-
-    Scores are 0, 1 or 2; features are signs in 4 or 16 dimensions, scaled by powers of two, or zero. In 4 dimensions
-    most pools hold several copies of a direction, and more than 8 tokens are too many for the product of all pairs.
-    """
-    hidden_size = rng.choice((4, 16))
-    scores = [[float(rng.randrange(3)) for _ in range(num_tokens)] for _ in range(2)]
-    if rng.random() < 0.15:
-        scores[rng.randrange(2)] = [rng.choice((0.0, 7.0))] * num_tokens
-    features = []
-    for _ in range(num_tokens):
-        scale = rng.choice((0.0, 0.25, 1.0, 1.0, 1.0, 8.0))
-        features.append([rng.choice((-scale, scale)) for _ in range(hidden_size)])
-    if rng.random() < 0.3:
-        for values in (*scores, *features):
-            if rng.random() < 0.3:
-                values[rng.randrange(len(values))] = rng.choice((math.nan, math.inf, -math.inf))
-    if rng.random() < 0.05:
-        scores[rng.randrange(2)] = [rng.choice((math.nan, math.inf, -math.inf)) for _ in range(num_tokens)]
-    return features, scores[0], scores[1]
-
-
-def check_exact_pools(rng, most_tokens):
-    """Two pools of the same size, masked, each with its own budget, against the reference."""
-    settings = rng.choice(SETTINGS)
-    num_tokens = rng.randint(1, most_tokens)
-    pools = [exact_pool(rng, num_tokens) for _ in range(2)]
-    hidden_size = min(len(pool[0][0]) for pool in pools)
-    features = [[token[:hidden_size] for token in pool[0]] for pool in pools]
-    saliency, relevance = ([pool[k] for pool in pools] for k in (1, 2))
-    mask = [[rng.random() < 0.9 for _ in range(num_tokens)] for _ in range(2)]
-    budgets = [rng.randint(0, num_tokens + 2) for _ in range(2)]
-    selection = select_visual_tokens(
-        torch.tensor(features),
-        torch.tensor(saliency),
-        torch.tensor(relevance),
-        torch.tensor(budgets),
-        mask=torch.tensor(mask),
-        **settings,
-    )
-    for row in range(2):
-        assert check_row(
-            selection, row, features[row], saliency[row], relevance[row], mask[row], budgets[row], settings
-        )
 
 
 @pytest.mark.parametrize("chunk", range(8))
@@ -261,26 +95,53 @@ def test_focus_is_the_smallest_set_that_holds_the_mass():
     saliency = torch.tensor([[4.0, 1.0, 0.0, 2.0, 1.0]])  # of a mass of 8: 4, then 6, 7 and 8
     features = torch.eye(5)[None]
     for rho, focus in ((0.5, [0]), (0.51, [0, 3]), (0.75, [0, 3]), (0.76, [0, 1, 3]), (0.9, [0, 1, 3, 4])):
-        selection = select_visual_tokens(features, saliency, None, 5, rho=rho)
+        selection = select_visual_tokens(features, saliency, None, 5, rho=rho, focus_limit=1.0)
         assert selection.indices[selection.is_focus].tolist() == focus
         assert selection.indices.tolist() == [[0, 1, 2, 3, 4]]
 
 
-def test_focus_is_clipped_to_the_budget_and_can_follow_its_mass_instead():
+def test_focus_may_fill_the_budget_and_can_follow_its_mass_instead():
     features, flat = torch.eye(20)[None], torch.ones(1, 20)
-    selection = select_visual_tokens(features, flat, None, 10)
+    selection = select_visual_tokens(features, flat, None, 10, focus_limit=1.0)
     assert selection.indices.tolist() == [list(range(10))]
     assert selection.is_focus.all()
     assert (selection.merged_into == -1).all()
-    selection = select_visual_tokens(features, flat, None, 10, focus_mass="budget")
+    selection = select_visual_tokens(features, flat, None, 10, focus_mass="budget", focus_limit=1.0)
     assert selection.is_focus.tolist() == [[True] * 9 + [False]]
+
+
+def test_focus_takes_at_most_half_of_the_budget_by_default():
+    """On flat scores Eq. 4 asks for 18 of 20 tokens, whatever the budget."""
+    features, flat = torch.eye(20)[None], torch.ones(1, 20)
+    for budget, num_focus in ((1, 1), (2, 1), (3, 1), (4, 2), (9, 4), (10, 5), (19, 9), (20, 10), (50, 10)):
+        selection = select_visual_tokens(features, flat, None, budget)
+        assert selection.is_focus.tolist() == [[True] * num_focus + [False] * (min(budget, 20) - num_focus)]
+        # One merge for each Scan anchor, as long as there are tokens to merge.
+        num_kept = min(budget, 20)
+        assert (selection.merged_into >= 0).sum() == min(num_kept - num_focus, 20 - num_kept)
+
+
+@pytest.mark.parametrize("limit", ["0.01", "0.07", "0.29", "0.5", "0.57", "0.7", "0.9", "0.99", "1"])
+def test_focus_limit_is_the_floor_of_its_share_of_a_rows_own_budget(limit):
+    """0.29 x 100 is 28.999... in floating point; the expected numbers are computed with fractions."""
+    budgets, num_real = torch.arange(101), 90
+    mask = (torch.arange(100) < num_real).expand(101, -1)
+    flat = torch.ones(101, 100)
+    for focus_limit in (float(limit), int(limit)) if limit == "1" else (float(limit),):
+        selection = select_visual_tokens(
+            torch.eye(100).expand(101, -1, -1), flat, None, budgets, mask=mask, rho=1.0, focus_limit=focus_limit
+        )
+        expected = [min(k, max(1, math.floor(Fraction(limit) * k))) for k in map(min, range(101), [num_real] * 101)]
+        assert selection.is_focus.sum(1).tolist() == expected
+        whole = select_visual_tokens(torch.eye(100)[None], flat[:1], None, 100, rho=1.0, focus_limit=focus_limit)
+        assert whole.is_focus.sum() == max(1, math.floor(Fraction(limit) * 100))
 
 
 def test_mass_is_summed_in_float64():
     """In float32 a mass of 1 does not grow by 1e-9, and the first token alone would hold all of it."""
     saliency = torch.full((1, 40), 1e-9)
     saliency[0, 7], saliency[0, 8] = 1.0, 0.0
-    selection = select_visual_tokens(torch.eye(40)[None], saliency, None, 40, rho=1.0)
+    selection = select_visual_tokens(torch.eye(40)[None], saliency, None, 40, rho=1.0, focus_limit=1.0)
     assert selection.is_focus.sum() == 39
     assert not selection.is_focus[0, 8]
 
@@ -455,7 +316,7 @@ def test_coverage_is_within_twice_the_optimum():
 
 @pytest.fixture(scope="module")
 def pools():
-    """Four pools of 60 tokens that keep 24, of which 7 to 15 are Focus tokens, and merge others into their anchors."""
+    """Four pools of 60 tokens. Of 24 that they keep at rho=0.6, 9 to 12 are Focus tokens; the rest are anchors."""
     generator = torch.Generator().manual_seed(7)
     features = torch.randn(4, 60, 48, generator=generator)
     saliency = torch.rand(4, 60, generator=generator)
@@ -486,13 +347,6 @@ def test_focus_tokens_stay_bit_for_bit_and_the_rest_in_the_convex_hull(pools):
             torch.testing.assert_close(refined.double(), expected, rtol=1e-6, atol=1e-6)
             num_changed += 1
     assert num_changed > 20
-
-
-def same_selection(one, other, rtol=0.0, atol=0.0):
-    for field in ("indices", "is_focus", "merged_into"):
-        assert torch.equal(getattr(one, field), getattr(other, field)), field
-    for field in ("priority", "features"):
-        torch.testing.assert_close(getattr(one, field), getattr(other, field), rtol=rtol, atol=atol)
 
 
 def row_of(selection, row):
@@ -608,6 +462,27 @@ def test_autocast_changes_nothing(pools):
     same_selection(selection, expected)
 
 
+@pytest.mark.parametrize("num_tokens", [*range(2, 40), 100, 257, 576, 9000])
+def test_equal_scores_have_equal_priorities(num_tokens):
+    """Four scores in turns, so that each stands in full vector registers and among the elements left over."""
+    group = torch.arange(num_tokens) % 4
+    scores = torch.tensor([0.5, 0.1, 0.37, 0.9])[group].expand(4, -1)
+    features = torch.eye(4)[group].expand(4, -1, -1)
+    for exponent in (0.3, 0.5, 0.7, 1.0, 1.7, 2.0, 2.5, 3.0, math.pi, 7.0):
+        selection = select_visual_tokens(features, scores, scores, 1, alpha=exponent / 2, beta=exponent)
+        assert torch.equal(selection.priority, selection.priority[:, : min(num_tokens, 4)][:, group]), exponent
+        assert (selection.indices == scores[0].tolist().index(scores.max())).all()
+
+
+def test_equal_scores_are_a_tie_with_a_fractional_exponent():
+    """A plain power gives index 98, which fills no vector register, a higher priority than index 2."""
+    for score in torch.linspace(0.01, 0.99, 99).tolist():
+        saliency = torch.tensor([[score, 0.0, score]])[:, torch.arange(99) % 3]
+        saliency[0, 1] = 1.0
+        selection = select_visual_tokens(torch.eye(99)[None], saliency, None, 2, beta=0.3, focus_limit=1.0, rho=1.0)
+        assert selection.indices.tolist() == [[0, 1]], score
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_as_one_graph(pools, dynamic):
     torch.compiler.reset()
@@ -672,8 +547,8 @@ def test_inputs_stay_as_they_are(pools):
             r"`mask` must have the shape .* = \(2, 6\) .* its shape is \(6,\)",
         ),
         ({"mask": torch.ones(2, 6)}, r"`mask` must be a bool tensor, but its dtype is torch.float32"),
-        ({"num_visual_tokens": 0}, "`num_visual_tokens` must be at least 1, but it is 0"),
-        ({"num_visual_tokens": -3}, "`num_visual_tokens` must be at least 1, but it is -3"),
+        ({"num_visual_tokens": 0}, "`num_visual_tokens=0` is not allowed: `num_visual_tokens` must be an int >= 1"),
+        ({"num_visual_tokens": -3}, "`num_visual_tokens=-3` is not allowed: .* an int >= 1, or a LongTensor"),
         (
             {"num_visual_tokens": torch.tensor([1, 2, 3])},
             r"of shape \(batch,\) = \(2,\), .* torch.int64 of shape \(3,",
@@ -681,9 +556,23 @@ def test_inputs_stay_as_they_are(pools):
         ({"num_visual_tokens": torch.tensor([1.0, 2.0])}, r"must be a LongTensor .* but it is torch.float32"),
         (
             {"num_visual_tokens": torch.tensor([1, 2]), "max_num_visual_tokens": 0},
-            "`max_num_visual_tokens` must be at least 1, but it is 0",
+            "`max_num_visual_tokens=0` is not allowed: `max_num_visual_tokens` must be an int >= 1, or None",
         ),
-        ({"focus_mass": "half"}, """`focus_mass` must be "all" or "budget", but it is 'half'"""),
+        ({"focus_mass": "half"}, """`focus_mass='half'` is not allowed: `focus_mass` must be "all" or "budget\""""),
+        *(
+            ({name: value}, re.escape(f"`{name}={value!r}` is not allowed: `{name}` must be an int >= 1"))
+            for name in ("num_visual_tokens", "max_num_visual_tokens")
+            for value in (True, 3.0, 2.5, "3", [3], math.nan)
+        ),
+        *(
+            ({name: value}, re.escape(f"`{name}={value!r}` is not allowed: `{name}` must be {allowed}"))
+            for names, allowed, values in (
+                (("rho", "focus_limit"), "a number in (0, 1]", (0, -1, 2, 1.0001)),
+                (("alpha", "beta", "kappa"), "a number >= 0", (-1, -1e-9)),
+            )
+            for name in names
+            for value in (*values, math.nan, math.inf, -math.inf, True, None, "0.5", torch.tensor(0.5))
+        ),
     ],
 )
 def test_errors_name_the_argument_and_the_value(changes, message):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from modeling.test_fsr import check_exact_pools, same_selection
+from selection_checks import check_exact_pools, same_selection
 
 from fsr_hf.modeling import fsr, host_scan
 from fsr_hf.modeling.fsr import select_visual_tokens
@@ -17,15 +17,15 @@ def small_pools(monkeypatch):
     """So that a few tokens take as many rounds as thousands do."""
     monkeypatch.setattr(host_scan, "_SMALL", 0)
     monkeypatch.setattr(host_scan, "_TILE", 2)
-    monkeypatch.setattr(host_scan, "_PART", 8)
-    monkeypatch.setattr(host_scan, "_MIN_POOL", 4)
-    monkeypatch.setattr(host_scan, "_MAX_POOL", 6)
+    monkeypatch.setattr(host_scan, "_MAX_PART", 8)
+    monkeypatch.setattr(host_scan, "_MIN_CANDIDATES", 4)
+    monkeypatch.setattr(host_scan, "_MAX_CANDIDATES", 6)
 
 
 @pytest.mark.parametrize("chunk", range(4))
 def test_equals_the_equations_with_ties_and_non_finite_values(chunk, small_pools):
     for seed in range(100):
-        check_exact_pools(random.Random(5000 + 1000 * chunk + seed), most_tokens=24)
+        check_exact_pools(random.Random(5000 + 1000 * chunk + seed), max_tokens=24)
 
 
 def tokens(kind: str, number: int, width: int, seed: int) -> torch.Tensor:
@@ -66,7 +66,7 @@ def test_equals_one_anchor_after_the_other(kind, width, monkeypatch):
         arguments = (features, saliency, None, budget)
         selection = select_visual_tokens(*arguments, mask=mask, rho=rho)
         with monkeypatch.context() as patch:
-            patch.setattr(fsr, "is_on_host", lambda features: False)
+            patch.setattr(fsr, "can_scan_on_host", lambda features: False)
             expected = select_visual_tokens(*arguments, mask=mask, rho=rho)
         assert (~expected.is_focus).sum() > 0
         for either in (selection, expected):
@@ -85,10 +85,10 @@ def coverage(features: torch.Tensor, kept: torch.Tensor) -> float:
     return (1 - unit @ unit[kept].mT).clamp(min=0).sqrt().amin(-1).max().item()
 
 
-@pytest.mark.parametrize("part", [host_scan._PART, 256])
+@pytest.mark.parametrize("part", [host_scan._MAX_PART, 256])
 def test_equal_tokens_are_a_tie_wherever_they_stand(part, monkeypatch):
     """In the products for a pool and in those for all tokens, or for parts of them."""
-    monkeypatch.setattr(host_scan, "_PART", part)
+    monkeypatch.setattr(host_scan, "_MAX_PART", part)
     for seed in range(30):
         generator = torch.Generator().manual_seed(seed)
         number, distinct = 257 + 23 * seed, 150
@@ -114,7 +114,7 @@ def test_columns_of_products_have_one_size(number):
     storage = tokens.untyped_storage().data_ptr()
     whole = parts if number % host_scan._TILE == 0 else parts[:-1]
     assert all(part.untyped_storage().data_ptr() == storage for part in whole)
-    assert len(parts[-1]) <= host_scan._PART or number % host_scan._TILE == 0
+    assert len(parts[-1]) <= host_scan._MAX_PART or number % host_scan._TILE == 0
 
 
 @pytest.mark.parametrize("number", [400, 1500])  # few tokens, of which all pairs come next, and more
@@ -123,9 +123,9 @@ def test_all_pairs_end_a_search_that_finds_few(monkeypatch, number):
     sizes = []
     original = host_scan._farthest_first
 
-    def watched(closest, pairs, indices, bound, most):
+    def watched(closest, pairs, indices, bound, max_anchors):
         sizes.append(len(indices))
-        return original(closest, pairs, indices, bound, min(most, 1) if len(indices) < number else most)
+        return original(closest, pairs, indices, bound, min(max_anchors, 1) if len(indices) < number else max_anchors)
 
     monkeypatch.setattr(host_scan, "_farthest_first", watched)
     features, saliency = tokens("random", number, 800, 0)[None], torch.rand(1, number) ** 8
@@ -133,7 +133,7 @@ def test_all_pairs_end_a_search_that_finds_few(monkeypatch, number):
     assert sizes[0] == 128
     assert sizes[-1] == number
     assert len(sizes) == (2 if number == 400 else 7)
-    monkeypatch.setattr(fsr, "is_on_host", lambda features: False)
+    monkeypatch.setattr(fsr, "can_scan_on_host", lambda features: False)
     same_selection(selection, select_visual_tokens(features, saliency, None, 200, rho=0.3), rtol=1e-5, atol=1e-5)
 
 

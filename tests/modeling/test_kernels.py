@@ -12,29 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_contract import build_case
+from families import FAMILIES, models
 
-from fsr_hf.modeling import generation, received_kernel, scan_kernel
+from fsr_hf.modeling import compression, fsr, received_kernel, scan_kernel
+from fsr_hf.modeling import saliency as saliency_module
 from fsr_hf.modeling.fsr import select_visual_tokens
 from fsr_hf.modeling.saliency import attention_received
 from fsr_hf.modeling.triton_launch import can_launch
 
 
-@pytest.mark.parametrize("group", ["attention", "equations", "torch", "not (attention or equations or torch)"])
-def test_kernels_in_the_interpreter(group):
+@pytest.mark.parametrize("checks", ["kernel_checks.py", "kernel_trust_checks.py"])
+def test_kernels_in_the_interpreter(checks):
     pytest.importorskip("triton")
-    checks = Path(__file__).with_name("kernel_checks.py")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        f"test_ and ({group})",
-        str(checks),
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(checks))]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -48,9 +38,16 @@ SCORES |= {"head_dim": "i32", "scale": "fp32"}
 NEAREST = {"tokens": "*T", "scale": "*fp32", "chosen": "*i64", "num_chosen": "*i64", "nearest": "*i64"}
 NEAREST |= {"similarity": "*fp32", "width": "i32"}
 SCAN = {"pairs": "*fp32", "scale": "*fp32", "closest": "*fp32", "num_anchors": "*i64", "anchors": "*i64"}
-SCAN |= {"nearest": "*i64", "similarity": "*fp32", "num_tokens": "i32", "most": "i32"}
-STEP = {"tokens": "*T", "scale": "*fp32", "num_anchors": "*i64", "closest": "*fp32", "low": "*fp32", "place": "*i64"}
-STEP |= {"anchors": "*i64", "most": "i32", "step": "i32", "num_blocks": "i32"}
+SCAN |= {"nearest": "*i64", "similarity": "*fp32", "num_tokens": "i32", "max_anchors": "i32"}
+STEP = {
+    "tokens": "*T",
+    "scale": "*fp32",
+    "num_anchors": "*i64",
+    "closest": "*fp32",
+    "block_cosine": "*fp32",
+    "block_token": "*i64",
+}
+STEP |= {"anchors": "*i64", "max_anchors": "i32", "step": "i32", "num_blocks": "i32"}
 FOCUS = {"pairs": "*fp32", "mask": "*i1", "focus": "*i64", "num_focus": "*i64", "closest": "*fp32"}
 # Kernel, types of its arguments (T: of the features), constants, warps, types of features.
 KERNELS = {
@@ -138,7 +135,7 @@ def test_selection_on_a_gpu_is_that_of_the_cpu(number, width, budget, dtype):
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, number, width, generator=generator).to(dtype)
     saliency, relevance = torch.rand(2, 2, number, generator=generator) ** 4
-    assert can_launch(features.cuda())
+    assert scan_kernel.can_scan_on_gpu(features.cuda(), fsr._scan_with_torch)
     selection = select_visual_tokens(features.cuda(), saliency.cuda(), relevance.cuda(), budget, rho=0.5)
     expected = select_visual_tokens(features, saliency, relevance, budget, rho=0.5)
     assert (~expected.is_focus).any()
@@ -152,6 +149,7 @@ def test_selection_on_a_gpu_is_that_of_the_cpu(number, width, budget, dtype):
 def test_attention_received_on_a_gpu_is_that_of_the_cpu(dtype):
     query, key = torch.randn(2, 3000, 16, 80, generator=torch.Generator().manual_seed(0)).to(dtype)
     lengths = [1000, 1, 729, 1270]
+    assert received_kernel.can_receive_on_gpu(query.cuda(), saliency_module._received_in_blocks)
     received = attention_received(query.cuda(), key.cuda(), lengths, 80**-0.5)
     torch.testing.assert_close(received.cpu(), attention_received(query, key, lengths, 80**-0.5), rtol=1e-3, atol=1e-7)
 
@@ -171,7 +169,7 @@ def test_selection_does_not_wait_for_the_gpu(number, grad):
         select_visual_tokens(features, saliency, None, budgets, mask=mask, max_num_visual_tokens=64)
         attention_received(query, key, [number] * 2, 0.1)
 
-    select_all()  # compiling may wait
+    select_all()  # compiling and the check of the kernels wait
     torch.cuda.set_sync_debug_mode("error")
     try:
         select_all()
@@ -183,10 +181,9 @@ def test_selection_does_not_wait_for_the_gpu(number, grad):
 @pytest.mark.parametrize("name", ["llava", "llava_next"])
 def test_compression_does_not_wait_for_the_gpu(name, monkeypatch):
     """From the towers to the kept tokens and their places; ids and masks are copied to the host before."""
-    case = build_case(name)
-    model = copy.deepcopy(case.model).cuda()
-    inputs = {key: value.cuda() for key, value in case.inputs.items()}
-    case.generate(inputs, model=model)  # compiling may wait
+    family, model = FAMILIES[name], copy.deepcopy(models(name)[0]).cuda()
+    inputs = {key: value.cuda() for key, value in family.inputs(family.rows()).items()}
+    model.generate(**inputs, max_new_tokens=8, do_sample=False)  # compiling and the check of the kernels wait
     calls = []
 
     def watch(owner, attribute):
@@ -202,8 +199,8 @@ def test_compression_does_not_wait_for_the_gpu(name, monkeypatch):
 
         monkeypatch.setattr(owner, attribute, watched)
 
-    watch(model, "encode_visuals")
-    watch(generation, "select_from_pools")
-    watch(generation, "lay_out")
-    case.generate(inputs, model=model)
-    assert calls == ["encode_visuals", "select_from_pools", "lay_out"]
+    watch(model.model, "encode_items")
+    watch(compression, "select_from_items")
+    watch(compression, "select_columns")
+    model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert calls == ["encode_items", "select_from_items", "select_columns"]

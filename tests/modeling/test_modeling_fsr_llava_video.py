@@ -24,7 +24,7 @@ from families import (
     llava_video_picture,
     models,
 )
-from modeling.test_fsr import reference as select
+from method_reference import reference as select
 from oracle import Oracle
 from safetensors.torch import load_file, save_file
 from transformers import LlavaOnevisionForConditionalGeneration

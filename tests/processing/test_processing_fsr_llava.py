@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processing.tiny_tokenizers import LLAVA_TEMPLATE, clip_image_processor, clip_tokenizer, llama_tokenizer
+from processing.queries import BOS, EOS, MISTRAL_TEMPLATE, QUERY_KEYS, assert_queries, chat, hand_made, ids_of, turn
+from processing.tiny_tokenizers import clip_image_processor, clip_tokenizer, llama_tokenizer
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -20,23 +21,13 @@ from transformers import (
 )
 
 from fsr_hf.processing import FSRLlavaProcessor
+from fsr_hf.testing.chat_templates import LLAVA_TEMPLATE
 
-
-BOS, EOS = 0, 1
-QUERY_KEYS = ["query_input_ids", "query_attention_mask"]
 
 VICUNA = "A chat between a curious human and an assistant: polite answers to the human's questions."
 
-# LLaVA-NeXT on Mistral, LLaVA-OneVision on Qwen2, Qwen2-VL (its own system prompt, string contents too), LLaMA-2 (the
-# system prompt inside the turn), Vicuna with the end token of training, and one that reads strings alone.
-MISTRAL_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'system' %}"
-    "{{ '<<SYS>>\n' + m['content'][0]['text'] + '\n<</SYS>>\n\n' }}"
-    "{% elif m['role'] == 'user' %}{{ '[INST] ' }}"
-    "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}{% endfor %}{{ ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'][0]['text'] + '</s> ' }}{% endif %}{% endfor %}"
-)
+# LLaVA-OneVision on Qwen2, Qwen2-VL (its own system prompt, string contents too), LLaMA-2 (the system prompt inside
+# the turn), Vicuna with the end token of training, and one that reads strings alone.
 ONEVISION_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' }}"
     "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
@@ -103,43 +94,6 @@ def processor():
 @pytest.fixture(scope="module")
 def image():
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8))
-
-
-def turn(role, *parts):
-    """A message of text parts; a part that is no string is an image."""
-    content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]
-    return {"role": role, "content": content}
-
-
-def ids_of(words, processor):
-    """The tokens of a query, by the CLIP tokenizer alone."""
-    return processor.query_tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def hand_made(words, processor, chunks=None):
-    """Ids and mask of one row: chunks of 75 tokens, each between 0 and 1, padded with 1 to 77."""
-    tokens = ids_of(words, processor)
-    ids, mask = [], []
-    while tokens:
-        head, tokens = tokens[:75], tokens[75:]
-        ids += [BOS] + head + [EOS] + [EOS] * (75 - len(head))
-        mask += [1] * (len(head) + 2) + [0] * (75 - len(head))
-    width = 77 * (chunks or max(1, len(ids) // 77))
-    return ids + [EOS] * (width - len(ids)), mask + [0] * (width - len(mask))
-
-
-def assert_queries(inputs, expected, processor):
-    """The rows of `inputs` hold exactly these queries."""
-    chunks = max(1, *(-(-len(ids_of(words, processor)) // 75) for words in expected), 0)
-    rows = [hand_made(words, processor, chunks) for words in expected]
-    for position, key in enumerate(QUERY_KEYS):
-        got = inputs[key]
-        assert (got.tolist() if hasattr(got, "tolist") else got) == [row[position] for row in rows], key
-
-
-def chat(processor, conversation, **kwargs):
-    kwargs = {"tokenize": True, "return_dict": True, "return_tensors": "pt"} | kwargs
-    return processor.apply_chat_template(conversation, **kwargs)
 
 
 # --- tokenization ---------------------------------------------------------------------------------------------------

@@ -14,14 +14,14 @@ from families import (
     initialize,
 )
 from PIL import Image
-from processing.test_processing_fsr_llava import MISTRAL_TEMPLATE, assert_queries, chat, turn
-from processing.tiny_tokenizers import LLAVA_TEMPLATE, clip_tokenizer, llama_tokenizer
+from processing.queries import MISTRAL_TEMPLATE, QUERY_KEYS, assert_queries, chat, turn
+from processing.tiny_tokenizers import clip_tokenizer, llama_tokenizer
 from transformers import AutoProcessor, LlavaNextImageProcessor, LlavaNextProcessor
 
 from fsr_hf import FSRLlavaNextConfig, FSRLlavaNextForConditionalGeneration, FSRLlavaNextProcessor
+from fsr_hf.testing.chat_templates import LLAVA_TEMPLATE
 
 
-QUERY_KEYS = ["query_input_ids", "query_attention_mask"]
 SIZES = [(64, 64), (100, 140), (30, 190), (170, 70), (20, 1500), (1500, 20)]  # height and width
 
 

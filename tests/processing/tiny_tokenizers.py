@@ -5,28 +5,13 @@ import string
 from transformers import CLIPImageProcessor, CLIPTokenizer, LlamaTokenizer, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from fsr_hf.testing.chat_templates import QWEN_VL_TEMPLATE
+
+
+__all__ = ["QWEN_VL_TEMPLATE", "clip_image_processor", "clip_tokenizer", "llama_tokenizer", "qwen_tokenizer"]
+
 
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation
-
-# The template of llava-hf/llava-1.5-7b-hf, which llava-v1.6-vicuna shares; string contents render as nothing.
-LLAVA_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{% generation %}"
-    "{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-
-# The template of Qwen/Qwen2.5-VL-7B-Instruct, without numbered pictures.
-QWEN_VL_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def llama_tokenizer(**kwargs) -> LlamaTokenizer:

@@ -1,0 +1,640 @@
+"""From pixels to a compressed prompt: what the inner model of every family does before its language model runs."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from .conversation import Conversation, continue_positions, remember_positions
+from .fsr import select_visual_tokens
+from .guards import (
+    Draft,
+    PlacementCounter,
+    active_guard,
+    cache_length,
+    check_outputs,
+    count_placed,
+    get_cache,
+    is_unpruned,
+    name_cache,
+    warn_if_untested,
+)
+from .pools import VisualTokens, select_from_items
+from .prompt import CompressedPrompt, VisualItem, carry_states, place_items, select_columns
+
+
+__all__ = [
+    "FSR_ARGUMENTS",
+    "FSRModelMixin",
+    "KeptVisualOutput",
+    "TextEncoderMixin",
+    "adopt_signature",
+    "check_no_placeholders",
+    "check_prompt",
+    "compact_positions",
+    "infer_attention_mask",
+]
+
+logger = logging.get_logger(__name__)
+
+# What calls of the models take beside the arguments of the stock classes.
+FSR_ARGUMENTS = {
+    "query_input_ids": "torch.LongTensor | None",
+    "query_attention_mask": "torch.LongTensor | None",
+    "num_visual_tokens": "int | None",
+    "retention_ratio": "float | None",
+    "fsr_enabled": "bool | None",
+}
+_FSR_DOCS = """
+        query_input_ids (`torch.LongTensor` of shape `(batch, chunks * 77)`, *optional*):
+            The question in ids of CLIP's tokenizer, made by the model's processor.
+        query_attention_mask (`torch.LongTensor` of shape `(batch, chunks * 77)`, *optional*):
+            Its mask. Chunks whose mask is 0 are skipped.
+        num_visual_tokens (`int`, *optional*):
+            Budget of each image or video for this call, in place of the config's.
+        retention_ratio (`float`, *optional*):
+            The same as a share of its tokens. Not both.
+        fsr_enabled (`bool`, *optional*):
+            Whether to prune in this call, in place of the config's `enabled`.
+"""
+# Fields of the config that a call cannot change, and names near to those that it can.
+_NO_ARGUMENTS = ("alpha", "beta", "rho", "focus_limit", "kappa", "focus_mass", "relevance", "invert_relevance", "pool")
+_NEAR = {"retention": "retention_ratio", "budget": "num_visual_tokens", "enabled": "fsr_enabled"}
+# What refers to the columns of the whole prompt, or stands in place of them.
+REFUSED_WITH_PIXELS = (
+    *("inputs_embeds", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "shift_labels"),
+    "mm_encoder_outputs",
+)
+
+
+@dataclass
+class KeptVisualOutput(BaseModelOutputWithPooling):
+    """
+    The kept visual tokens of one modality, `pooler_output`, handed to the stock model as features that were computed
+    ahead. `last_hidden_state` is the tower's.
+    """
+
+    # Told by name: config, model and assistant may come from two copies of this module.
+    is_fsr_kept: ClassVar[bool] = True
+
+
+def adopt_signature(cls: type, name: str, intro: str, own: dict[str, str], docs: str = "") -> None:
+    """
+    Give `cls` its own copy of the mixin's method `name`, with the signature of the stock class: what reads
+    signatures (Trainer's choice of columns, the checks of `generate`, `help`) finds the stock arguments and FSR's.
+
+    Args:
+        cls (`type`):
+            A family's class. Nothing happens where no stock class stands behind the mixin.
+        name (`str`):
+            The method.
+        intro (`str`):
+            First paragraph of its docstring.
+        own (`dict[str, str]`):
+            Arguments that the stock method has not, and their types.
+        docs (`str`, *optional*):
+            Docstring of those that are not FSR's common ones.
+    """
+    method = getattr(cls, name)
+    stock_class = next((c for c in cls.__mro__ if c.__module__.startswith("transformers.") and name in vars(c)), None)
+    if stock_class is None:
+        return
+    stock = inspect.signature(getattr(stock_class, name))
+    names = [p.name for p in stock.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+
+    @wraps(method)
+    def wrapper(self, *args, **kwargs):
+        if len(args) > len(names):
+            raise TypeError(f"{cls.__name__}.{name}() takes {len(names)} positional arguments, but got {len(args)}.")
+        return method(self, **dict(zip(names, args)), **name_cache(kwargs))
+
+    *parameters, var_keyword = stock.parameters.values()
+    parameters += [
+        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for key, kind in own.items()
+        if key not in stock.parameters
+    ]
+    wrapper.__signature__ = stock.replace(parameters=[*parameters, var_keyword])  # type: ignore[attr-defined]
+    rest = f"All other arguments are those of [`{stock_class.__name__}.{name}`]."
+    wrapper.__doc__ = f"{intro}\n\n    Args:{_FSR_DOCS}{docs}\n    {rest}"
+    wrapper.__qualname__ = f"{cls.__name__}.{name}"
+    setattr(cls, name, wrapper)
+
+
+class TextEncoderMixin(PreTrainedModel):
+    """What inner and outer model do for the CLIP text tower: it never loads at random, and never trains."""
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As the stock method; a checkpoint without the weights of the text tower that its config names is refused."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        lost = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+        lost = [key for key in lost if "text_encoder." in key]
+        if lost:
+            raise ValueError(
+                f"The checkpoint lacks {len(lost)} weights of the CLIP text encoder that "
+                f"`fsr_config.text_encoder_config` describes, or has them in another shape ({lost[0]}, ...): "
+                "relevance would be random. Export it with `text_encoder=`, or load with "
+                '`fsr_config={"text_encoder_config": None}`.'
+            )
+        return (model, info) if output_loading_info else model
+
+    def requires_grad_(self, requires_grad: bool = True):
+        super().requires_grad_(requires_grad)
+        text_encoder = getattr(self.base_model, "text_encoder", None)
+        if text_encoder is not None:
+            text_encoder.requires_grad_(False)
+        return self
+
+
+class FSRModelMixin(TextEncoderMixin):
+    """
+    Prunes the visual tokens of a prompt before the language model sees it. It stands before a stock inner model, such
+    as [`LlavaModel`], and hands it fewer placeholders and fewer features; the stock class does all the rest.
+
+    A family says what its visual inputs are, how a prompt holds them, and where tokens and scores come from:
+    `visual_inputs`, [`~FSRModelMixin.build_items`], [`~FSRModelMixin.encode_items`],
+    [`~FSRModelMixin.take_items`] and, where it has its own positions, [`~FSRModelMixin.full_position_ids`].
+    """
+
+    # Inputs that only the towers (and the search for placeholders) read, and those of them that hold pixels.
+    visual_inputs: ClassVar[tuple[str, ...]] = ()
+    pixel_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    # What chooses among the tokens of a pool: takes and returns what `select_visual_tokens` does. Assign another one
+    # to compare methods.
+    selector: Callable = staticmethod(select_visual_tokens)
+    # The CLIP text side, in families that have one.
+    text_encoder: Any
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.forward is FSRModelMixin.forward:
+            intro = (
+                "As the stock method. With pixels the prompt is compressed first: `last_hidden_state` stands at the "
+                "caller's positions, where a dropped one holds the state of the last kept position before it; "
+                "`hidden_states`, `attentions` and the cache have the compressed length."
+            )
+            adopt_signature(cls, "forward", intro, FSR_ARGUMENTS | dict.fromkeys(cls.visual_inputs, "Any"))
+
+    def __init__(self, config):
+        warn_if_untested()
+        super().__init__(config)
+        self.text_encoder = None
+
+    # ------------------------------------------------------------------ what a family says
+
+    @property
+    def placeholder_ids(self) -> dict[str, int]:
+        """The id that pixels of each modality fill."""
+        modalities = {"pixel_values": "image", "pixel_values_videos": "video"}
+        return {modalities[name]: getattr(self.config, f"{modalities[name]}_token_id") for name in self.pixel_inputs}
+
+    def build_items(self, **visual: Any) -> list[VisualItem]:
+        """
+        The images and videos of a call, from shapes and grids alone, each modality in the order of its pixels; raises
+        `ValueError` for inputs that do not fit each other.
+        """
+        raise NotImplementedError
+
+    def place_items(self, input_ids: torch.Tensor, items: list[VisualItem]) -> list[VisualItem]:
+        """The items where the prompt (on the CPU) has them, in its order; see [`place_items`]."""
+        return place_items(input_ids, items, self.placeholder_ids)
+
+    def encode_items(
+        self, items: list[VisualItem], query: torch.Tensor | None, **visual: Any
+    ) -> tuple[VisualTokens, dict[str, Any]]:
+        """
+        Run the towers.
+
+        Args:
+            items (`list[VisualItem]`):
+                In the order of the prompt; those of one modality in the order of its pixels.
+            query (`torch.FloatTensor` of shape `(batch, projection_dim)`, *optional*):
+                From [`CLIPRelevance`], one row for each row of the prompt.
+
+        Returns:
+            The tokens of the items in this order, and the stock output of each modality.
+        """
+        raise NotImplementedError
+
+    def take_items(self, numbers: dict[str, list[int]], **visual: Any) -> dict[str, Any]:
+        """The visual inputs of some items alone: of each modality, the numbers in the order of its pixels."""
+        raise NotImplementedError
+
+    def stock_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a call that is not pruned, as the stock `forward()` takes them."""
+        return inputs
+
+    def full_position_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **visual: Any) -> torch.Tensor:
+        """
+        Positions of the whole prompt: `(batch, length)`, or `(axes, batch, length)` for a model that rotates by
+        several.
+        """
+        return compact_positions(attention_mask)
+
+    # ------------------------------------------------------------------ compression
+
+    def pop_visual(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """Take the visual inputs out of `kwargs`; `None` (and nothing taken) if there are no pixels."""
+        if kwargs.get("pixel_values_videos") is not None and "pixel_values_videos" not in self.visual_inputs:
+            raise ValueError(
+                f"`pixel_values_videos` is not supported: {type(self).__name__} takes images alone. Pass frames as "
+                "images, or use a model for videos (FSRLlavaVideo, FSRQwen2_5_VL)."
+            )
+        if all(kwargs.get(name) is None for name in self.pixel_inputs):
+            return None
+        visual = {name: kwargs.pop(name) for name in self.visual_inputs if name in kwargs}
+        # Only the host reads sizes, grids and numbers: one copy here in place of one for each use.
+        return {
+            name: value.cpu() if isinstance(value, torch.Tensor) and name not in self.pixel_inputs else value
+            for name, value in visual.items()
+        }
+
+    def will_prune(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call of `forward()` with these arguments drops a token, from the shapes of the pixels alone."""
+        fsr = self._override(kwargs)
+        guard = active_guard()
+        visual = self.pop_visual(dict(kwargs))
+        if visual is None or not fsr.enabled or is_unpruned(guard):
+            return False
+        items = self.build_items(**visual)
+        return any(fsr.budget(item.num_candidates) < item.num_candidates for item in items)
+
+    def _override(self, kwargs: dict[str, Any]):
+        names = ("num_visual_tokens", "retention_ratio", "fsr_enabled")
+        return self.config.fsr_config.override(*(kwargs.get(name) for name in names))
+
+    @torch.compiler.disable
+    def compress(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        query_input_ids: torch.LongTensor | None = None,
+        query_attention_mask: torch.LongTensor | None = None,
+        num_visual_tokens: int | None = None,
+        retention_ratio: float | None = None,
+        fsr_enabled: bool | None = None,
+        output_visual_selection: bool = False,
+        conversation: Conversation | None = None,
+        with_slack: bool = False,
+        **visual: Any,
+    ) -> CompressedPrompt | None:
+        """
+        Prune a prompt. All checks come first, on the host: one copy of ids and mask is the only wait for the device.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`), attention_mask (same shape, *optional*):
+                The prompt.
+            query_input_ids, query_attention_mask, num_visual_tokens, retention_ratio, fsr_enabled:
+                As in `forward()`.
+            output_visual_selection (`bool`, *optional*, defaults to `False`):
+                Whether the result has a [`VisualSelection`] for each image or video.
+            conversation ([`Conversation`], *optional*):
+                What a cache holds of the prompt: only the rest is encoded.
+            with_slack (`bool`, *optional*, defaults to `False`):
+                Whether every row begins with a masked column.
+            visual:
+                The visual inputs of the model, such as `pixel_values`.
+
+        Returns:
+            [`CompressedPrompt`], with what the cache holds of a conversation before it; `None` if every image and
+            video is within its budget, no selections are asked for and no conversation goes on.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        fsr = self.config.fsr_config.override(num_visual_tokens, retention_ratio, fsr_enabled)
+        host_ids, host_mask = input_ids.cpu(), attention_mask.cpu()
+        starts, past_mask = [0] * len(host_ids), torch.ones(0)
+        if conversation is not None:
+            starts, past_mask = conversation.match(host_ids, host_mask)
+        if visual:
+            items = self.place_items(host_ids, self.build_items(**visual))
+        else:  # a conversation goes on in words: pixels of what is in the cache are not needed
+            items = []
+            check_no_placeholders(host_ids, starts, self.placeholder_ids, self.pixel_inputs)
+        full_visual = visual
+        if conversation is not None and visual:
+            items, visual = self._new_items(items, starts, visual)
+        budgets = [fsr.budget(item.num_candidates) if fsr.enabled else item.num_candidates for item in items]
+        pruned_rows = torch.zeros(len(host_ids), dtype=torch.bool)
+        for item, budget in zip(items, budgets):
+            pruned_rows[item.row] |= budget < item.num_candidates
+        needs_query = bool(pruned_rows.any()) or output_visual_selection
+        if not needs_query and conversation is None:
+            return None
+
+        question = (
+            self._check_query(query_input_ids, query_attention_mask, fsr, len(input_ids)) if needs_query else None
+        )
+        embeddings = None
+        if question is not None and items:
+            if not question[1].cpu()[[item.row for item in items]].any(-1).all():
+                logger.warning_once("A row has no question: FSR ranks its visual tokens by saliency alone.")
+            embeddings = self.text_encoder.encode_query(*(tensor.to(input_ids.device) for tensor in question))
+
+        kept, outputs = None, dict[str, Any]()
+        if items:
+            tokens, outputs = self.encode_items(items, embeddings, **visual)
+            kept = select_from_items(tokens, items, budgets, fsr, self.selector, output_visual_selection)
+        columns = select_columns(
+            host_mask,
+            items,
+            kept.counts if kept else [],
+            kept.indices.to(input_ids.device) if kept else input_ids.new_empty(0),
+            starts,
+            with_slack,
+        )
+        is_slack, source = columns < 0, columns.clamp(min=0)
+        slack_ids = self._slack_ids(host_ids, host_mask).to(input_ids.device, non_blocking=True)
+        ids = torch.where(is_slack, slack_ids, input_ids.gather(1, source))
+        mask = attention_mask.gather(1, source).masked_fill(is_slack, 0)
+        positions = self._positions(
+            *(input_ids, attention_mask, full_visual, fsr, pruned_rows, columns, mask, conversation, past_mask)
+        )
+        counts = kept.counts if kept else []
+        is_padded = self._is_padded(host_mask, items, counts, starts, columns.shape[1])
+        if conversation is not None:
+            device = ids.device
+            ids = torch.cat([conversation.input_ids.to(device), ids], dim=1)
+            mask = torch.cat([past_mask.to(mask), mask], dim=1)
+            positions = torch.cat([conversation.position_ids.to(device), positions], dim=-1)
+            pruned_rows, is_padded = pruned_rows | conversation.pruned_rows, is_padded or not past_mask.all()
+        return CompressedPrompt(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            mm_encoder_outputs=self._kept_outputs(items, kept, outputs) if kept else {},
+            columns=columns,
+            num_features=sum(counts),
+            is_padded=is_padded,
+            pruned_rows=pruned_rows,
+            selections=(kept.selections if kept else []) if output_visual_selection else None,
+        )
+
+    def _new_items(self, items: list[VisualItem], starts: list[int], visual: dict[str, Any]):
+        """The items that are not in the cache, and their share of the visual inputs."""
+        new: list[VisualItem] = []
+        numbers: dict[str, list[int]] = {modality: [] for modality in self.placeholder_ids}
+        counts = dict.fromkeys(numbers, 0)
+        for item in items:
+            start = starts[item.row]
+            if int(item.columns[0]) < start <= int(item.columns[-1]):
+                raise ValueError(f"`input_ids` goes on in the middle of the {item.modality} of row {item.row}.")
+            if int(item.columns[0]) >= start:
+                new.append(item)
+                numbers[item.modality].append(counts[item.modality])
+            counts[item.modality] += 1
+        return new, self.take_items(numbers, **visual) if new else {}
+
+    def _slack_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """An id of each row that is no placeholder, `(batch, 1)`, on the CPU."""
+        is_text = ~torch.isin(input_ids, torch.tensor(list(self.placeholder_ids.values()))) & (attention_mask != 0)
+        first = is_text.long().argmax(-1, keepdim=True)
+        pad = self.config.get_text_config().pad_token_id or 0
+        return torch.where(is_text.any(-1, keepdim=True), input_ids.gather(1, first), pad)
+
+    def _is_padded(self, attention_mask, items, counts, starts, width: int) -> bool:
+        """Whether the compressed mask has a 0: slack, or a masked column between text."""
+        for row, (mask, start) in enumerate(zip(attention_mask, starts)):
+            mask = mask.bool().clone()
+            mask[:start] = False
+            number = 0
+            for item, count in zip(items, counts):
+                if item.row == row:
+                    mask[item.columns] = False
+                    number += count
+            if int(mask.sum()) + number < width:
+                return True
+        return False
+
+    def _positions(
+        self, input_ids, attention_mask, visual, fsr, pruned_rows, columns, mask, conversation, past_mask
+    ) -> torch.Tensor:
+        """Positions `(..., batch, compressed_length)`; with several axes, one more before them that counts tokens."""
+        text = compact = compact_positions(mask)
+        if conversation is not None:
+            pruned_rows = pruned_rows | conversation.pruned_rows
+            # The largest position that counts: padding behind an answer has positions, too.
+            past = conversation.position_ids.to(mask.device).masked_fill(past_mask.to(mask.device) == 0, -1)
+            last = past.amax(-1, keepdim=True)
+            text = text + 1 + (last[0] if last.ndim == 3 else last)
+            compact = compact + 1 + (last[1:].amax(0) if last.ndim == 3 else last)
+            if not visual:  # words alone count on
+                return text if last.ndim == 2 else torch.cat([text[None], compact.expand(3, -1, -1)])
+        full = self.full_position_ids(input_ids, attention_mask, **visual)
+        original = full.gather(-1, columns.clamp(min=0).expand(*full.shape[:-1], -1))
+        # By row, so that a row has the same positions in any batch: one that lost nothing has the stock model's.
+        if fsr.positions == "original":
+            chosen = original
+        else:
+            chosen = torch.where(pruned_rows.to(mask.device)[:, None], compact, original)
+        # transformers reads a jump in the first axis as the start of a packed sequence, so it stays consecutive.
+        return chosen if full.ndim == 2 else torch.cat([text[None], chosen])
+
+    def _kept_outputs(self, items, kept, outputs) -> dict[str, Any]:
+        """The kept tokens of each modality, as the stock `forward()` takes them."""
+        features = kept.features.split(kept.counts)
+        result = {}
+        for modality, output in outputs.items():
+            own = [part for part, item in zip(features, items) if item.modality == modality]
+            result[modality] = self.make_output(modality, own, output)
+        return result
+
+    def make_output(self, modality: str, features: list[torch.Tensor], output: Any) -> Any:
+        """The kept tokens `(kept, hidden_size)` of the items of a modality, after its stock output."""
+        return KeptVisualOutput(last_hidden_state=output.last_hidden_state, pooler_output=features)
+
+    def _check_query(self, input_ids, attention_mask, fsr, batch_size: int):
+        """The question as `encode_query` takes it, or `None` (saliency alone), with a warning where it is missing."""
+        if fsr.relevance == "none":
+            return None
+        if self.text_encoder is None:
+            if fsr.relevance == "clip":
+                raise ValueError(
+                    '`fsr_config.relevance="clip"` needs a CLIP text encoder, and this model has none: set it to '
+                    '"none". (A LLaVA-1.5 or LLaVA-NeXT is exported with one by `text_encoder=`.)'
+                )
+            logger.warning_once(
+                "This model has no CLIP text encoder, so FSR ranks visual tokens by saliency alone. Export it with "
+                '`text_encoder=` for relevance to the question, or set `fsr_config.relevance = "none"`.'
+            )
+            return None
+        if input_ids is None:
+            logger.warning_once(
+                "FSR got no `query_input_ids`, so visual tokens are ranked by saliency alone. The processor of this "
+                "model makes them from the question (`FSRLlavaProcessor`)."
+            )
+            return None
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        length = self.text_encoder.chunk_length
+        if input_ids.ndim != 2 or len(input_ids) != batch_size or input_ids.shape[1] % length or not input_ids.numel():
+            raise ValueError(
+                f"`query_input_ids` must have the shape (batch, chunks * {length}), here ({batch_size}, n * "
+                f"{length}), but its shape is {tuple(input_ids.shape)}. The model's processor makes it."
+            )
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`query_attention_mask` must have the shape of `query_input_ids`, {tuple(input_ids.shape)}, but its "
+                f"shape is {tuple(attention_mask.shape)}."
+            )
+        return input_ids, attention_mask
+
+    # ------------------------------------------------------------------ forward
+
+    def get_placeholder_mask(self, *args, **kwargs):
+        """As the stock method, which `forward()` calls for the features that it puts into the prompt."""
+        if not torch.compiler.is_compiling():
+            count_placed(*args[2:], kwargs.get("image_features"), kwargs.get("video_features"))
+        return super().get_placeholder_mask(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        guard = active_guard()
+        if is_unpruned(guard):
+            kwargs = {name: value for name, value in kwargs.items() if name not in FSR_ARGUMENTS}
+            return self._stock_forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        check_arguments(kwargs)
+        fsr = self._override(kwargs)
+        call = {name: kwargs.pop(name, None) for name in FSR_ARGUMENTS}
+        visual = self.pop_visual(kwargs) if fsr.enabled else None
+        if visual is None:
+            return self._forward_as_it_is(guard, fsr, input_ids, attention_mask, kwargs)
+
+        check_prompt(input_ids, attention_mask, kwargs)
+        prompt = self.compress(input_ids, attention_mask, **call, **visual)
+        if prompt is None:
+            return self._stock_forward(input_ids=input_ids, attention_mask=attention_mask, **visual, **kwargs)
+        names = ("input_ids", "attention_mask", "position_ids", "mm_encoder_outputs")
+        outputs = self._forward_kept(**{**kwargs, **{name: getattr(prompt, name) for name in names}})
+        if (cache := get_cache(outputs)) is not None:
+            remember_positions(cache, prompt.position_ids)
+        length = input_ids.shape[1]
+        outputs["last_hidden_state"] = carry_states(outputs.last_hidden_state, prompt.columns, length)
+        return outputs
+
+    def _forward_as_it_is(self, guard, fsr, input_ids, attention_mask, kwargs):
+        """A call without pixels: a step of `generate()` or of a caller's own loop, or text."""
+        if isinstance(guard, Draft) and not kwargs.get("mm_encoder_outputs"):
+            kwargs["mm_encoder_outputs"] = guard.take(self.config.get_text_config().hidden_size)
+        kept = kwargs.get("mm_encoder_outputs")
+        is_kept = bool(kept) and all(getattr(output, "is_fsr_kept", False) for output in kept.values())
+        if kept and not is_kept and fsr.enabled and not isinstance(guard, Draft):
+            raise ValueError(
+                "`mm_encoder_outputs` is not supported with FSR: images in it would run unpruned; pass `input_ids` "
+                "and pixels. `fsr_enabled=False` runs the stock model."
+            )
+        cache = get_cache(kwargs)
+        if kwargs.get("position_ids") is None and cache is not None:
+            new = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+            positions = None if new is None else continue_positions(attention_mask, new.shape[1], len(new), cache)
+            if positions is not None:
+                kwargs["position_ids"] = positions
+        if getattr(guard, "model", None) is self:
+            num_features = sum(len(f) for output in (kept or {}).values() for f in output.pooler_output)
+            guard.check_inputs(input_ids.shape[1], num_features, {"attention_mask": attention_mask, **kwargs})
+        if is_kept:
+            return self._forward_kept(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        return self._stock_forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def _stock_forward(self, **inputs):
+        return super().forward(**self.stock_inputs(inputs), return_dict=True)
+
+    def _forward_kept(self, **inputs):
+        """The stock `forward()` of a prompt that is compressed already."""
+        if torch.compiler.is_compiling():
+            return super().forward(**inputs, return_dict=True)
+        num_features = sum(len(f) for output in inputs["mm_encoder_outputs"].values() for f in output.pooler_output)
+        cached = cache_length(get_cache(inputs))
+        with PlacementCounter() as counter:
+            outputs = super().forward(**inputs, return_dict=True)
+        check_outputs(counter.placed, num_features, cached, inputs["input_ids"].shape[1], outputs)
+        return outputs
+
+
+def compact_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions that count what the mask lets through: `(batch, length)`."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def infer_attention_mask(input_ids: torch.Tensor, pad_token_id: int | None, eos_token_id: Any) -> torch.Tensor:
+    """The mask that transformers would infer: from padding, if the prompt has any and it is not EOS."""
+    eos = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    if pad_token_id is None or pad_token_id in eos:
+        return torch.ones_like(input_ids)
+    return input_ids.ne(pad_token_id).long()
+
+
+def check_arguments(kwargs: dict[str, Any]) -> None:
+    """
+    Reject misspelt FSR arguments (the stock `forward` swallows them) and settings that a call cannot change.
+
+    Raises:
+        ValueError: naming the argument, and what is meant or where it belongs.
+    """
+    for name in kwargs:
+        if name in FSR_ARGUMENTS:
+            continue
+        if name in _NO_ARGUMENTS:
+            raise ValueError(f"`{name}` is no argument of a call: set `model.config.fsr_config.{name}`.")
+        meant = _NEAR.get(name) or next(iter(get_close_matches(name, FSR_ARGUMENTS, n=1, cutoff=0.8)), None)
+        if meant:
+            raise ValueError(f"`{name}` is no argument of the model. Did you mean `{meant}`?")
+
+
+def check_no_placeholders(
+    input_ids: torch.Tensor, starts: list[int], token_ids: dict[str, int], pixel_inputs: tuple[str, ...]
+) -> None:
+    """
+    Reject placeholders from the columns `starts` on, in a prompt `(batch, length)` without pixels.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    ids = list(token_ids.values())
+    is_placeholder = torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
+    count = sum(int(row[start:].sum()) for row, start in zip(is_placeholder, starts))
+    if count:
+        raise ValueError(
+            f"The prompt has {count} placeholders (ids {ids}) but there are no pixels "
+            f"({', '.join(f'`{name}`' for name in pixel_inputs)}) to fill them. Pass what the processor returns, "
+            "whole."
+        )
+
+
+def check_prompt(input_ids, attention_mask, kwargs: dict[str, Any], refused=REFUSED_WITH_PIXELS) -> None:
+    """
+    Reject what cannot stand beside pixels.
+
+    Raises:
+        ValueError: naming the argument, and what to do.
+    """
+    if input_ids is None:
+        raise ValueError(
+            "Pixels need `input_ids`: FSR finds the placeholders of images in them. (PEFT prompt tuning takes "
+            "them away: use an adapter on the weights, such as LoRA.)"
+        )
+    if cache_length(get_cache(kwargs)) != 0:
+        raise ValueError(
+            "`past_key_values` (`cache`) already holds tokens, and `forward()` cannot tell which of `input_ids` they "
+            "are: go on by `generate(**inputs_of_the_whole_conversation, past_key_values=cache)`, or leave it out. "
+            "(PEFT prefix tuning fills the cache: use an adapter on the weights, such as LoRA.)"
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, but its shape is "
+            f"{tuple(attention_mask.shape)}: FSR drops columns of both."
+        )
+    for name in refused:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"`{name}` together with pixels is not supported: it refers to the whole prompt, and FSR "
+                "compresses it. Leave it out, or pass `fsr_enabled=False` to run unpruned."
+            )

@@ -1,0 +1,166 @@
+"""What the families of Qwen-VL share: images and videos as grids of patches, attention received, positions."""
+
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+
+from .compression import FSRModelMixin
+from .guards import cache_length, get_cache
+from .pools import VisualTokens
+from .prompt import VisualItem
+from .saliency import attention_received
+
+
+__all__ = ["QwenVLMixin"]
+
+# For each modality, the names of its pixels and of its grids.
+_INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+
+
+class QwenVLMixin(FSRModelMixin):
+    """
+    Saliency is the attention received in the last block of the vision tower: there is no [CLS], and no text encoder
+    for relevance to the question. Kept tokens and text keep the positions (time, height, width) of the full prompt.
+    """
+
+    # Token types are found from the ids: those of the whole prompt do not fit the compressed one.
+    visual_inputs: ClassVar[tuple[str, ...]] = (*_INPUTS["image"], *_INPUTS["video"], "mm_token_type_ids")
+    pixel_inputs = tuple(pixels for pixels, _ in _INPUTS.values())
+    # What `get_rope_index` takes beside ids, mask and token types.
+    rope_deltas: Any
+    rope_inputs: ClassVar[tuple[str, ...]] = ("image_grid_thw", "video_grid_thw")
+
+    # ------------------------------------------------------------------ images and videos of a prompt
+
+    def build_items(self, **visual: Any) -> list[VisualItem]:
+        merge, by_view = self.config.vision_config.spatial_merge_size, self.config.fsr_config.pool == "view"
+        items = []
+        for modality in _INPUTS:
+            for t, h, w in self.check_grids(modality, visual):
+                grid = torch.cartesian_prod(*map(torch.arange, (t, h // merge, w // merge)))
+                placeholders = torch.arange(len(grid))
+                pools = list(placeholders.split(len(grid) // t)) if by_view else [placeholders]
+                items.append(VisualItem(modality, grid, pools, self.run_lengths(modality, grid)))
+        return items
+
+    def run_lengths(self, modality: str, grid: torch.Tensor) -> list[int]:
+        """Placeholders of each run of an image or a video."""
+        return [len(grid)]
+
+    def place_items(self, input_ids: torch.Tensor, items: list[VisualItem]) -> list[VisualItem]:
+        items = super().place_items(input_ids, items)
+        for item, following in pairwise(items):
+            is_same_run = (item.row, int(item.columns[-1]) + 1) == (following.row, int(following.columns[0]))
+            if is_same_run and item.modality == following.modality:
+                raise ValueError(
+                    f"{item.modality.capitalize()} tokens do not match the {item.modality}s: in row {item.row}, two "
+                    f"stand side by side at column {int(following.columns[0])}. Positions need a token between them, "
+                    f"such as `vision_end_token_id` ({self.config.vision_end_token_id})."
+                )
+        return items
+
+    def check_grids(self, modality: str, visual: dict[str, Any]) -> list[list[int]]:
+        """Time, height and width in patches of every image or video; none if there are no pixels."""
+        pixels_name, grid_name = _INPUTS[modality]
+        pixels, grid = visual.get(pixels_name), visual.get(grid_name)
+        if pixels is None:
+            if grid is not None and len(grid):
+                raise ValueError(f"`{grid_name}` has {len(grid)} rows, but there are no `{pixels_name}`.")
+            return []
+        if not isinstance(grid, torch.Tensor) or grid.ndim != 2 or grid.shape[1] != 3:
+            found = f"of shape {tuple(grid.shape)}" if isinstance(grid, torch.Tensor) else grid
+            raise ValueError(
+                f"`{pixels_name}` need `{grid_name}`, time, height and width in patches of each {modality} in a "
+                f"tensor of shape ({modality}s, 3), but it is {found}. Pass all that the processor returns."
+            )
+        grids = grid.tolist()
+        merge = self.config.vision_config.spatial_merge_size
+        for number, (t, h, w) in enumerate(grids):
+            if min(t, h, w) < 1 or h % merge or w % merge:
+                raise ValueError(
+                    f"`{grid_name}` has {[t, h, w]} for {modality} {number}: each number must be at least 1, and "
+                    f"height and width multiples of {merge}. "
+                    + ("An empty video has no tokens." if t < 1 else "Build it with the model's processor.")
+                )
+        patches, expected = pixels.shape[:-1].numel(), sum(t * h * w for t, h, w in grids)
+        if patches != expected:
+            raise ValueError(
+                f"`{pixels_name}` of shape {tuple(pixels.shape)} hold {patches} patches, but the {len(grids)} rows of "
+                f"`{grid_name}` {grids} need {expected}. Pass all that the processor returns."
+            )
+        return grids
+
+    def take_items(self, numbers: dict[str, list[int]], **visual: Any) -> dict[str, Any]:
+        taken: dict[str, Any] = {}
+        for modality, (pixels, grids) in _INPUTS.items():
+            if numbers[modality]:
+                parts = visual[pixels].split(visual[grids].prod(-1).tolist())
+                taken[pixels] = torch.cat([parts[number] for number in numbers[modality]])
+                taken[grids] = visual[grids][numbers[modality]]
+        return taken
+
+    # ------------------------------------------------------------------ tokens and scores
+
+    def encode_items(self, items: list[VisualItem], query: None, **visual: Any) -> tuple[VisualTokens, dict[str, Any]]:
+        outputs, encoded = {}, {}
+        for modality, (pixels, grids) in _INPUTS.items():
+            if any(item.modality == modality for item in items):
+                outputs[modality], saliency = self._encode(modality, visual[pixels], visual[grids])
+                runs = outputs[modality].pooler_output
+                encoded[modality] = zip(runs, saliency.split([len(run) for run in runs]))
+        features, saliency = zip(*(next(encoded[item.modality]) for item in items))
+        return VisualTokens(list(features), torch.cat(saliency)), outputs
+
+    def _encode(self, modality: str, pixels: torch.Tensor, grid: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """The stock output of a modality, and the saliency of its tokens, `(tokens,)`."""
+        get_features = self.get_image_features if modality == "image" else self.get_video_features
+        last = self.config.vision_config.depth - 1
+        # Hidden state k is the input of block k: the one before the last is the input of the last block.
+        states = [last - 1, last]
+        grid = grid.to(pixels.device)
+        outputs: Any = get_features(pixels, grid, output_hidden_states=states, return_dict=True)
+        return outputs, self.saliency(outputs.hidden_states[-2], grid).to(outputs.pooler_output[0].device)
+
+    def saliency(self, hidden_states: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        """
+        Attention received by each token in the last block (Eq. 1).
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(patches, vision_hidden_size)`):
+                The input of the block: the patches of a token stand together.
+            grid (`torch.LongTensor` of shape `(items, 3)`):
+                Time, height and width of each image (or video) in patches.
+
+        Returns:
+            `torch.FloatTensor` of shape `(tokens,)`, float32, in the order of the merger's output.
+        """
+        raise NotImplementedError
+
+    def mean_per_token(self, query: torch.Tensor, key: torch.Tensor, grid: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attention received by the patches `(patches, heads, head_dim)`, as the mean over those of each token."""
+        slices = [h * w for t, h, w in grid.tolist() for _ in range(t)]  # an image, or a temporal slice of a video
+        received = attention_received(query, key, slices, scale)
+        return received.unflatten(0, (-1, self.config.vision_config.spatial_merge_size**2)).mean(-1)
+
+    # ------------------------------------------------------------------ positions
+
+    def _stock_forward(self, **inputs):
+        # The stock class keeps the offset from entries of the cache to positions on the model, where an earlier call,
+        # whatever its prompt was, has left its own. It belongs to the cache.
+        cache = get_cache(inputs)
+        is_start = cache_length(cache) == 0
+        if inputs.get("position_ids") is None:
+            self.rope_deltas = None if is_start else getattr(cache, "rope_deltas", self.rope_deltas)
+        outputs = super()._stock_forward(**inputs)
+        if is_start and (cache := get_cache(outputs)) is not None:
+            cache.rope_deltas = self.rope_deltas
+        return outputs
+
+    def full_position_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **visual: Any) -> torch.Tensor:
+        """Time, height and width of the whole prompt: `(3, batch, length)`. Computed on the host, item by item."""
+        ids, mask = input_ids.cpu(), attention_mask.cpu()
+        types = (ids == self.config.image_token_id).long() + 2 * (ids == self.config.video_token_id).long()
+        inputs = {name: visual.get(name) for name in self.rope_inputs}
+        positions, _ = self.get_rope_index(ids, mm_token_type_ids=types, attention_mask=mask, **inputs)
+        return positions.to(input_ids.device, non_blocking=True)
