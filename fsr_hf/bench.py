@@ -5,6 +5,7 @@ selectors that FSR is compared with. `fsr-hf bench` runs it on a checkpoint.
 
 import functools
 import json
+import math
 import os
 import re
 import statistics
@@ -664,9 +665,15 @@ def run_bench(
     Raises:
         `ImportError`: if nothing decodes the video.
         `OSError`: if there is no such checkpoint or file.
-        `ValueError`: for arguments that do not fit each other or the checkpoint.
+        `ValueError`: for arguments that do not fit each other or the checkpoint, or noise that memory may not hold.
         `RuntimeError`: for a device that is not there.
     """
+    pixels = math.prod(image_size) * (num_frames or _NUM_FRAMES)
+    if image is None and pixels > _MAX_PIXELS:
+        raise ValueError(
+            f"--image-size {image_size[0]}x{image_size[1]} is too large: {num_frames or _NUM_FRAMES} frames of noise "
+            f"would have {pixels:,} pixels, and may have {_MAX_PIXELS:,}. Choose a smaller size or fewer --num-frames."
+        )
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.empty(0, device=target)  # fails, and says why, if there is none
     if dtype is not None and dtype not in _DTYPES:
@@ -752,6 +759,7 @@ def _noise(size: tuple[int, int]) -> Image.Image:
 
 
 _NUM_FRAMES = 32
+_MAX_PIXELS = 2**30  # of all frames of noise, three bytes each
 
 
 def _notes(result: dict[str, Any], is_random: bool) -> Iterator[str]:

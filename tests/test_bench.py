@@ -64,6 +64,8 @@ def test_refuses_before_any_work(folders, tmp_path, monkeypatch):
     for arguments, code, expected in (
         ((llava, "--budgets", "0"), 2, "--budgets"),
         ((llava, "--image-size", "672"), 2, "--image-size"),
+        ((llava, "--image-size", "9999999x9999999"), 1, "--image-size 9999999x9999999 is too large"),
+        ((llava, "--num-frames", 9999999), 1, "fewer --num-frames"),
         ((llava, "--image", tmp_path / "none.png"), 2, "no file"),
         ((llava, "--image", words), 1, "not an image"),
         ((llava, "--json", tmp_path / "no" / "out.json"), 1, "no folder"),

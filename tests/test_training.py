@@ -453,21 +453,20 @@ def test_label_smoothing(family, is_shifted, tmp_path):
     model = family.build()
     rows = family.rows()
     log_probs, prompts = step_by_step(family, rows, default_answers(rows))
-    batch = label_everything(batch_with_answers(family))
-    places = [
-        (row, column - is_shifted, label)
-        for row, labels in enumerate(unpadded(batch, "labels"))
-        for column, label in enumerate(labels)
-        if label != IGNORED
-    ]
+    labels = unpadded(label_everything(batch_with_answers(family)), "labels")
+    if is_shifted:
+        labels = [[*row[1:], IGNORED] for row in labels]
+    for row in labels:
+        row[0] = IGNORED  # Trainer does not count it
+    places = [(row, at, label) for row in range(len(labels)) for at, label in enumerate(labels[row]) if label != IGNORED]
     # Some are read where a token was dropped, and some of these right after an image or a video.
     dropped = {(row, column) for row, column, _ in places if column not in prompts[row].columns}
     assert any(prompts[row].ids[column + 1] not in family.placeholder_ids for row, column in dropped)
     expected = smoothed_loss([log_probs(row, column) for row, column, _ in places], [label for *_, label in places])
 
     dataset = as_dataset(family)
-    for example, labels in zip(dataset, unpadded(batch, "labels")):
-        example["labels"] = torch.tensor([*labels[1:], IGNORED] if is_shifted else labels)
+    for example, row in zip(dataset, labels):
+        example["labels"] = torch.tensor(row)
     size = len(dataset)
     trainer = make_trainer(
         model, family, tmp_path, train=dataset, label_smoothing_factor=0.1, per_device_train_batch_size=size

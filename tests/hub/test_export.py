@@ -214,9 +214,9 @@ def test_old_layout_and_text_tower_load_whole(checkpoints):
     state = model.state_dict()
     stock = LlavaForConditionalGeneration.from_pretrained(checkpoints.stock).state_dict()
     clip = load_file(checkpoints.clip / "model.safetensors")
-    text_side = {f"text_encoder.{key}": clip[key] for key in clip if key.startswith("text_model.")}
+    text_side = {f"model.text_encoder.{key}": clip[key] for key in clip if key.startswith("text_model.")}
     for key in ("text_projection.weight", "visual_projection.weight"):
-        text_side[f"text_encoder.{key}"] = clip[key]
+        text_side[f"model.text_encoder.{key}"] = clip[key]
     assert state.keys() == stock.keys() | text_side.keys()
     for key, tensor in {**stock, **text_side}.items():
         assert torch.equal(state[key], tensor), key
@@ -436,9 +436,9 @@ def test_wrong_input_is_refused_before_any_work(change, options, error, checkpoi
 def test_text_tower_in_the_config_but_not_in_the_weights(checkpoints, tmp_path):
     source = shutil.copytree(checkpoints.fsr, tmp_path / "source")
     index = json.loads((source / "model.safetensors.index.json").read_text())
-    del index["weight_map"]["text_encoder.text_projection.weight"]
+    del index["weight_map"]["model.text_encoder.text_projection.weight"]
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"lacks weights of it: text_encoder\.text_proj"):
+    with pytest.raises(ValueError, match=r"lacks weights of it: model\.text_encoder\.text_proj"):
         export(source, tmp_path / "fsr")
     (source / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks shards .*: model-00001-of-00002\.safetensors"):
