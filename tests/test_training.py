@@ -458,7 +458,9 @@ def test_label_smoothing(family, is_shifted, tmp_path):
         labels = [[*row[1:], IGNORED] for row in labels]
     for row in labels:
         row[0] = IGNORED  # Trainer does not count it
-    places = [(row, at, label) for row in range(len(labels)) for at, label in enumerate(labels[row]) if label != IGNORED]
+    places = [
+        (row, at, label) for row in range(len(labels)) for at, label in enumerate(labels[row]) if label != IGNORED
+    ]
     # Some are read where a token was dropped, and some of these right after an image or a video.
     dropped = {(row, column) for row, column, _ in places if column not in prompts[row].columns}
     assert any(prompts[row].ids[column + 1] not in family.placeholder_ids for row, column in dropped)
