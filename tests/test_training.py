@@ -261,8 +261,8 @@ def label_everything(batch):
 
 def step_by_step(family, rows, answers):
     """
-    What the stock model says of the compressed rows: a function of the number of a row and a column of its ids, without
-    padding, to log-probabilities `(vocab_size,)` of the next token, from a run of what is kept up to this column.
+    What the stock model says of the compressed rows: a function of the number of a row and a column of its unpadded
+    ids to log-probabilities `(vocab_size,)` of the next token, from a run of what is kept up to this column.
     """
     model, reference = models(family.name)
     oracle = Oracle(family, model, reference)
@@ -447,8 +447,8 @@ def smoothed_loss(log_probs, labels):
 @pytest.mark.parametrize("is_shifted", [False, True])
 def test_label_smoothing(family, is_shifted, tmp_path):
     """
-    Trainer takes the labels away, and reads logits at the caller's positions. It shifts labels of classes that it knows
-    as causal language models alone, which no class for images is: there the script does it.
+    Trainer takes the labels away, and reads logits at the caller's positions. It shifts labels only for classes that
+    it knows as causal language models, which no class for images is: there the script does it.
     """
     model = family.build()
     rows = family.rows()
