@@ -399,8 +399,8 @@ OTHER_CODE = "names other code.*Remove it|names other code.*remove it"
     [
         ("config.json", b"[]", "config.json holds a list, but has to hold a JSON object"),
         ("config.json", b"null", "config.json holds null, but"),
-        ("config.json", b'"llava"', "config.json holds a str, but"),
-        ("config.json", b"7", "config.json holds a int, but"),
+        ("config.json", b'"llava"', "config.json holds a string, but"),
+        ("config.json", b"7", "config.json holds a number, but"),
         ("config.json", b"{", "config.json cannot be read as JSON"),
         ("config.json", b"\xff\xfe", "config.json cannot be read as JSON"),
         ("config.json", b"[" * 100_000, "config.json cannot be read as JSON"),
