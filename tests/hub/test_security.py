@@ -379,12 +379,14 @@ def test_shards_are_files_of_the_source(shard, link, source, tmp_path):
     shutil.move(source / "model.safetensors", tmp_path / "outside.safetensors")
     names = load_file(tmp_path / "outside.safetensors")
     shard = shard.format(tmp_path=tmp_path)
-    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+    (source / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, shard)})
+    )
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"may only name .safetensors files beside it, without a path: .*x?.safe"):
         export(source, tmp_path / "fsr", link=link, progress=False)
     (source / "shard.safetensors").symlink_to(tmp_path / "outside.safetensors")
-    index = {"weight_map": dict.fromkeys(names, "shard.safetensors")}
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "shard.safetensors")}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"shard\.safetensors leads out of the folder"):
         export(source, tmp_path / "fsr", link=link, progress=False)
@@ -422,9 +424,18 @@ OTHER_CODE = "names other code.*Remove it|names other code.*remove it"
         ("model.safetensors.index.json", b"{}", "needs a `weight_map`"),
         ("model.safetensors.index.json", b"[]", "index.json holds a list"),
         ("model.safetensors.index.json", {"weight_map": []}, "needs a `weight_map`"),
-        ("model.safetensors.index.json", {"weight_map": {"x": 1}}, "may only name .safetensors files"),
-        ("model.safetensors.index.json", {"weight_map": {"x": None}}, "may only name .safetensors files"),
-        ("model.safetensors.index.json", {"weight_map": {"x": "y.safetensors"}}, "lacks shards .*: y.safetensors"),
+        ("model.safetensors.index.json", {"weight_map": {"x": "y.safetensors"}}, "and `metadata`"),
+        ("model.safetensors.index.json", {"metadata": {}, "weight_map": {"x": 1}}, "may only name .safetensors files"),
+        (
+            "model.safetensors.index.json",
+            {"metadata": {}, "weight_map": {"x": None}},
+            "may only name .safetensors files",
+        ),
+        (
+            "model.safetensors.index.json",
+            {"metadata": {}, "weight_map": {"x": "y.safetensors"}},
+            "lacks shards .*: y.safetensors",
+        ),
         ("tokenizer.json", None, "has no tokenizer.json"),
         ("tokenizer.json", b"[]", "tokenizer.json holds a list"),
         ("tokenizer.json", b"{}", "would not load whole"),
