@@ -128,23 +128,34 @@ def verify(
         str | None,
         typer.Option(help="Compare with the manifest of this folder or Hub id, in place of the one in SOURCE."),
     ] = None,
+    run: Annotated[
+        bool,
+        typer.Option(
+            "--run", help="If nothing differs, run its code: pruned decoding against a loop, on a tiny twin."
+        ),
+    ] = False,
 ) -> None:
     """
     Check a Hub folder against its manifest of file hashes, and print what differs.
 
-    Nothing of it is run. Its code has to be that of this version of fsr-hf, and nothing in it may send a loader
-    elsewhere. Of a repository on the Hub the weights are not downloaded: the hashes that the server has of them are
-    compared. Whoever can change the weights can also rewrite the manifest: a copy of it from elsewhere, or a commit
-    that somebody signed, tells. Exit code 1 if anything differs.
+    Nothing of it is run, but with --run. Its code has to be that of this version of fsr-hf, and nothing in it may send
+    a loader elsewhere. Of a repository on the Hub the weights are not downloaded: the hashes that the server has of
+    them are compared. Whoever can change the weights can also rewrite the manifest: a copy of it from elsewhere, or a
+    commit that somebody signed, tells. Exit code 1 if anything differs.
+
+    With --run, the code in SOURCE then builds a tiny model of its family with random weights and prunes prompts with
+    it: a check that it is right under the transformers that is installed, which may be newer than the folder.
 
     \b
     Example:
       fsr-hf verify ./llava-1.5-7b-fsr --manifest-of org/llava-1.5-7b-fsr@v0.1.0
     """
+    from transformers import __version__ as transformers_version
+
     from .hub.verify import verify as verify_folder
 
     try:
-        differences = verify_folder(source, manifest_of=manifest_of)
+        differences = verify_folder(source, manifest_of=manifest_of, run=run)
     except _hub_errors() as error:
         _fail(error)
     for difference in differences:
@@ -152,6 +163,8 @@ def verify(
     if differences:
         raise typer.Exit(1)
     typer.echo(f"{source} is what {'its manifest' if manifest_of is None else f'the manifest of {manifest_of}'} says.")
+    if run:
+        typer.echo(f"Its code prunes rightly under transformers {transformers_version}.")
 
 
 @app.command()

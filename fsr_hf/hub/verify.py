@@ -18,6 +18,7 @@ from .families import FAMILIES, Family
 from .files import check_sizes, foreign_code, read_json
 from .flatten import flat_files
 from .manifest import MANIFEST, Fingerprint, Manifest, compare_manifest, folder_files, read_manifest
+from .run_check import check_run
 from .weights import INDEX, WEIGHTS, find_weights, open_tensors, some_of
 
 
@@ -29,9 +30,12 @@ _READ = (".jinja", ".json", ".model", ".py", ".txt")
 _PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth", ".pyc", ".so")
 
 
-def verify(source: str | os.PathLike, *, manifest_of: str | os.PathLike | None = None) -> list[str]:
+_OTHER_VERSION = "its code is said to be of fsr-hf {}, and could not be compared: install that version to check it"
+
+
+def verify(source: str | os.PathLike, *, manifest_of: str | os.PathLike | None = None, run: bool = False) -> list[str]:
     """
-    Checks a Hub folder, or a repository on the Hub, and runs nothing of it.
+    Checks a Hub folder, or a repository on the Hub, and runs nothing of it (but for `run`).
 
     Every file has to be what the manifest says, and listed if a loader could take it. The code has to be what this
     version of the package writes, and no JSON file may name other code, whatever the manifest says of them. Of a
@@ -43,6 +47,9 @@ def verify(source: str | os.PathLike, *, manifest_of: str | os.PathLike | None =
             A folder, or a Hub id, `org/name` or `org/name@revision`.
         manifest_of (`str` or `os.PathLike`, *optional*):
             Another folder or Hub id whose manifest is to be met, in place of the one in `source`.
+        run (`bool`, *optional*, defaults to `False`):
+            Whether to run the code of `source` as well, if all but its version is as it should be: pruned decoding
+            under the installed transformers against a step-by-step loop, on a tiny twin of the model ([`check_run`]).
 
     Returns:
         `list[str]`: a line for each difference, none if all is well.
@@ -52,7 +59,10 @@ def verify(source: str | os.PathLike, *, manifest_of: str | os.PathLike | None =
     """
     folder, elsewhere = (Path(source), {}) if os.path.isdir(source) else _fetch_readable_files(str(source))
     manifest = None if manifest_of is None else _fetch_manifest(manifest_of)
-    return check_folder(folder, elsewhere, manifest)
+    differences = check_folder(folder, elsewhere, manifest)
+    if run and all(difference.startswith(_OTHER_VERSION.partition("{")[0]) for difference in differences):
+        differences += check_run(folder)
+    return differences
 
 
 def check_folder(
@@ -72,9 +82,7 @@ def check_folder(
     version = __version__ if manifest is None else manifest.version
     differences += check_code(folder, version, elsewhere)
     if version != __version__:
-        differences.append(
-            f"its code is said to be of fsr-hf {version}, and could not be compared: install that version to check it"
-        )
+        differences.append(_OTHER_VERSION.format(version))
     return differences
 
 
