@@ -217,6 +217,20 @@ def test_verify_finds_what_would_be_loaded_instead(attack, line, is_listed, fold
     assert line in pushed.stderr or "leads out of the folder" in pushed.stderr
 
 
+@pytest.mark.parametrize("version", [__version__, "9.9.9"])
+def test_no_code_is_run_that_was_not_compared(version, folder, tmp_path):
+    """`--run` runs the code of a folder: a manifest that claims another version keeps it from being compared."""
+    (folder / "fsr.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    write_manifest(folder)
+    edit_json(folder / "fsr_manifest.json", lambda c: c.update(fsr_hf=version))
+    done = CliRunner().invoke(app, ["verify", str(folder), "--run"])
+    expected = (
+        "fsr.py is not that of" if version == __version__ else "its code is said to be of fsr-hf 9.9.9, and could"
+    )
+    assert done.exit_code == 1 and done.stdout.startswith(expected) and done.stdout.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
+
+
 def test_all_zero_weights_are_what_transformers_would_load(folder):
     """The attack works: this is why two sets of weights are a difference."""
     zeros_beside_the_shards(folder)
