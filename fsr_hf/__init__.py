@@ -17,10 +17,10 @@ from .hub.export import export
 from .hub.families import FAMILIES
 from .hub.flatten import write_remote_code
 from .modeling.fsr import VisualSelection, select_visual_tokens
-from .modeling.modeling_fsr_llava import FSRLlavaForConditionalGeneration
-from .modeling.modeling_fsr_llava_next import FSRLlavaNextForConditionalGeneration
-from .modeling.modeling_fsr_llava_video import FSRLlavaVideoForConditionalGeneration
-from .modeling.modeling_fsr_qwen2_5_vl import FSRQwen2_5_VLForConditionalGeneration
+from .modeling.modeling_fsr_llava import FSRLlavaForConditionalGeneration, FSRLlavaModel
+from .modeling.modeling_fsr_llava_next import FSRLlavaNextForConditionalGeneration, FSRLlavaNextModel
+from .modeling.modeling_fsr_llava_video import FSRLlavaVideoForConditionalGeneration, FSRLlavaVideoModel
+from .modeling.modeling_fsr_qwen2_5_vl import FSRQwen2_5_VLForConditionalGeneration, FSRQwen2_5_VLModel
 from .processing.processing_fsr_llava import FSRLlavaProcessor
 from .processing.processing_fsr_llava_next import FSRLlavaNextProcessor
 from .processing.processing_fsr_llava_video import FSRLlavaVideoProcessor
@@ -31,15 +31,19 @@ __all__ = [
     "FSRConfig",
     "FSRLlavaConfig",
     "FSRLlavaForConditionalGeneration",
+    "FSRLlavaModel",
     "FSRLlavaNextConfig",
     "FSRLlavaNextForConditionalGeneration",
+    "FSRLlavaNextModel",
     "FSRLlavaNextProcessor",
     "FSRLlavaProcessor",
     "FSRLlavaVideoConfig",
     "FSRLlavaVideoForConditionalGeneration",
+    "FSRLlavaVideoModel",
     "FSRLlavaVideoProcessor",
     "FSRQwen2_5_VLConfig",
     "FSRQwen2_5_VLForConditionalGeneration",
+    "FSRQwen2_5_VLModel",
     "VisualSelection",
     "__version__",
     "export",

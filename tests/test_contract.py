@@ -696,7 +696,7 @@ def wider(case):
 def test_assistant(case, candidates, assistant):
     model = ASSISTANTS[assistant](case)
     if "text model" in assistant and case.model.has_position_axes:
-        with idle(case), pytest.raises(ValueError, match="`assistant_model` is not supported .* several axes"):
+        with idle(case), pytest.raises(ValueError, match=r"`assistant_model` is not supported .* several axes"):
             case.generate(case.one, assistant_model=model)
         return
     with recorded(case.model.get_submodule(case.family.language_model)) as calls:
@@ -1135,7 +1135,7 @@ def test_conversation_that_begins_with_words(case):
 
 
 def test_conversation_that_does_not_fit(case):
-    cache, text, with_pixels = conversation(case, lambda inputs, options: case.model.generate(**inputs, **options))
+    cache, _, with_pixels = conversation(case, lambda inputs, options: case.model.generate(**inputs, **options))
     other = with_pixels["input_ids"].clone()
     other[0, 1] += 1
     shorter = {k: v[:, :-4] if k in ("input_ids", "attention_mask") else v for k, v in with_pixels.items()}
@@ -1168,7 +1168,7 @@ def test_conversation_that_does_not_fit(case):
         by_hand = get_cache(case.model(**case.inputs))
         foreign = get_cache(case.model(**case.family.inputs([case.rows[2]], query=False), fsr_enabled=False))
     for wrong in (get_cache(beams), by_hand, foreign):
-        with pytest.raises(ValueError, match="cannot go on from this cache|no FSR model wrote"):
+        with pytest.raises(ValueError, match=r"cannot go on from this cache|no FSR model wrote"):
             case.model.generate(**with_pixels, **two, past_key_values=wrong)
 
 
@@ -1563,7 +1563,7 @@ def test_forward_into_an_empty_cache(case):
     with torch.no_grad():
         out = case.model(**case.inputs, past_key_values=cache)
         assert out.past_key_values is cache
-        with pytest.raises(ValueError, match="`past_key_values` .* already holds tokens"):
+        with pytest.raises(ValueError, match=r"`past_key_values` .* already holds tokens"):
             case.model(**case.inputs, past_key_values=cache)
     assert torch.equal(out.logits[:, -1].argmax(-1), case.expected[0][:, 0])
 

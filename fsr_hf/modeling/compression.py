@@ -33,10 +33,13 @@ from .prompt import CompressedPrompt, VisualItem, carry_states, place_items, sel
 
 __all__ = [
     "FSR_ARGUMENTS",
-    "REFUSED_WITH_PIXELS",
     "FSRModelMixin",
     "KeptVisualOutput",
+    "TextEncoderMixin",
     "adopt_signature",
+    "check_no_placeholders",
+    "check_prompt",
+    "compact_positions",
     "infer_attention_mask",
 ]
 
@@ -309,7 +312,7 @@ class FSRModelMixin(TextEncoderMixin):
             attention_mask = torch.ones_like(input_ids)
         fsr = self.config.fsr_config.override(num_visual_tokens, retention_ratio, fsr_enabled)
         host_ids, host_mask = input_ids.cpu(), attention_mask.cpu()
-        starts, past_mask = [0] * len(host_ids), None
+        starts, past_mask = [0] * len(host_ids), torch.ones(0)
         if conversation is not None:
             starts, past_mask = conversation.match(host_ids, host_mask)
         if visual:
@@ -337,7 +340,7 @@ class FSRModelMixin(TextEncoderMixin):
                 logger.warning_once("A row has no question: FSR ranks its visual tokens by saliency alone.")
             embeddings = self.text_encoder.encode_query(*(tensor.to(input_ids.device) for tensor in question))
 
-        kept, outputs = None, {}
+        kept, outputs = None, dict[str, Any]()
         if items:
             tokens, outputs = self.encode_items(items, embeddings, **visual)
             kept = select_from_items(tokens, items, budgets, fsr, self.selector, output_visual_selection)
@@ -378,7 +381,8 @@ class FSRModelMixin(TextEncoderMixin):
 
     def _new_items(self, items: list[VisualItem], starts: list[int], visual: dict[str, Any]):
         """The items that are not in the cache, and their share of the visual inputs."""
-        new, numbers = [], {modality: [] for modality in self.placeholder_ids}
+        new: list[VisualItem] = []
+        numbers: dict[str, list[int]] = {modality: [] for modality in self.placeholder_ids}
         counts = dict.fromkeys(numbers, 0)
         for item in items:
             start = starts[item.row]
@@ -524,8 +528,8 @@ class FSRModelMixin(TextEncoderMixin):
         is_kept = bool(kept) and all(getattr(output, "is_fsr_kept", False) for output in kept.values())
         if kept and not is_kept and fsr.enabled and not isinstance(guard, Draft):
             raise ValueError(
-                "`mm_encoder_outputs` is not supported with FSR: images in it would run unpruned; pass `input_ids` and "
-                "pixels. `fsr_enabled=False` runs the stock model."
+                "`mm_encoder_outputs` is not supported with FSR: images in it would run unpruned; pass `input_ids` "
+                "and pixels. `fsr_enabled=False` runs the stock model."
             )
         cache = get_cache(kwargs)
         if kwargs.get("position_ids") is None and cache is not None:
@@ -600,7 +604,8 @@ def check_no_placeholders(
     if count:
         raise ValueError(
             f"The prompt has {count} placeholders (ids {ids}) but there are no pixels "
-            f"({', '.join(f'`{name}`' for name in pixel_inputs)}) to fill them. Pass what the processor returns, whole."
+            f"({', '.join(f'`{name}`' for name in pixel_inputs)}) to fill them. Pass what the processor returns, "
+            "whole."
         )
 
 

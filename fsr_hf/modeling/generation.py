@@ -80,7 +80,7 @@ class FSRGenerationMixin(TextEncoderMixin, GenerationMixin):
     def __init__(self, config):
         # The class before the stock one, whose own `__init__` would build the stock inner model first.
         stock = next(c for c in type(self).__mro__ if c.__module__.startswith("transformers.models."))
-        super(stock, self).__init__(config)
+        super(stock, self).__init__(config)  # type: ignore[arg-type]
         self.model = self.inner_class(config)
         text_config = config.get_text_config()
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
@@ -161,7 +161,7 @@ class FSRGenerationMixin(TextEncoderMixin, GenerationMixin):
 
         visual = self.model.pop_visual(kwargs)
         self._check_generation(options, model_kwargs, arguments, kwargs)
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        input_ids: Any = kwargs.get("input_ids") if inputs is None else inputs
         conversation = None if cache is None else get_conversation(cache)
         if conversation is not None:
             self._check_continuation(options, arguments, kwargs)
@@ -174,8 +174,8 @@ class FSRGenerationMixin(TextEncoderMixin, GenerationMixin):
 
         if conversation is None and cache_length(cache) != 0:
             raise ValueError(
-                "`past_key_values` (`cache`) already holds tokens that no FSR model wrote, so images cannot join them: "
-                "pass the whole conversation without it, or `fsr_enabled=False` to run unpruned. (PEFT prefix tuning "
+                "`past_key_values` (`cache`) already holds tokens that no FSR model wrote, so images cannot join "
+                "them: pass the whole conversation without it, or `fsr_enabled=False` to run unpruned. (PEFT prefix tuning "
                 "fills the cache: use an adapter on the weights, such as LoRA.)"
             )
         attention_mask = kwargs.get("attention_mask")
@@ -324,7 +324,7 @@ class FSRGenerationMixin(TextEncoderMixin, GenerationMixin):
         refused = {
             "prefill_chunk_size": (
                 options.prefill_chunk_size is not None and VERSION < (5, 23),
-                f"transformers {transformers_version} splits visual tokens wrongly between chunks (right from 5.23 on)",
+                f"transformers {transformers_version} splits visual tokens wrongly by chunks (right from 5.23 on)",
             ),
             "token_healing": (
                 options.token_healing,

@@ -127,9 +127,9 @@ class PromptGuard:
             _fail("`position_ids`", "the positions of the compressed prompt", None)
         if mask is None and self.is_padded:
             _fail("`attention_mask`", "the mask of a padded prompt", None)
-        if mask is not None and getattr(mask, "ndim", 0) == 2 and cached is not None:
-            if mask.shape[1] != cached + num_new:
-                _fail("the width of `attention_mask`", f"{cached + num_new}, cache and new tokens", mask.shape[1])
+        is_flat = mask is not None and getattr(mask, "ndim", 0) == 2 and cached is not None
+        if is_flat and mask.shape[1] != cached + num_new:
+            _fail("the width of `attention_mask`", f"{cached + num_new}, cache and new tokens", mask.shape[1])
         self.columns_fed += num_new
         self.features_fed += num_features
         if self.columns_fed >= self.length:

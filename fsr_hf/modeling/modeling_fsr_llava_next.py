@@ -50,14 +50,14 @@ class FSRLlavaNextModel(CLIPTowerMixin, LlavaNextModel):
         resolve_clip_layer(self.config, vision_feature_layer, vision_feature_select_strategy)
         sizes = list_sizes(image_sizes)
         check_views(pixel_values, self._num_views(sizes))
-        pool = self.config.fsr_config.pool
+        fsr: Any = self.config.fsr_config
         items = []
         for patches in self._pack(sizes):
             is_newline = patches < 0
             view, place = patches // self._side**2, patches % self._side**2
             grid = torch.stack([view, place // self._side, place % self._side], dim=-1)
             grid = grid.masked_fill(is_newline[:, None], -1)
-            pools = split_views(view if pool == "view" else view.clamp(max=0), is_newline)
+            pools = split_views(view if fsr.pool == "view" else view.clamp(max=0), is_newline)
             items.append(VisualItem("image", grid, pools))
         return items
 

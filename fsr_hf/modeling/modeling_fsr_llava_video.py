@@ -90,7 +90,7 @@ class FSRLlavaVideoModel(FSRModelMixin, LlavaOnevisionModel):
         return VisualTokens(list(features), torch.cat(saliency)), outputs
 
     def stock_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # The stock `forward()` has no place for the numbers of frames: it gets the tokens of videos in place of pixels.
+        # The stock `forward()` has no place for the numbers of frames: it gets tokens of videos in place of pixels.
         frames = inputs.pop("video_num_frames", None)
         if inputs.get("pixel_values_videos") is None:
             return inputs
@@ -216,7 +216,8 @@ class FSRLlavaVideoModel(FSRModelMixin, LlavaOnevisionModel):
         return self._side // 2 if self.config.spatial_pool_mode == "average" else math.ceil(self._side / 2)
 
     def _make_item(self, modality: str, grid: torch.Tensor, view: torch.Tensor, is_newline: torch.Tensor):
-        pools = split_views(view if self.config.fsr_config.pool == "view" else view * 0, is_newline)
+        fsr: Any = self.config.fsr_config
+        pools = split_views(view if fsr.pool == "view" else view * 0, is_newline)
         return VisualItem(modality, grid, pools)
 
     def _num_frames(self, pixel_values_videos: torch.Tensor, video_num_frames: torch.Tensor | None) -> list[int]:

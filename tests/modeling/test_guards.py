@@ -77,7 +77,7 @@ def test_features_that_do_not_reach_the_placeholders(case, monkeypatch):
 
     monkeypatch.setattr(stock, "forward", forward)
     for call in (lambda: model.generate(**inputs, max_new_tokens=3), lambda: model(**inputs)):
-        with pytest.raises(RuntimeError, match="FSR stops here.*visual tokens that filled placeholders"):
+        with pytest.raises(RuntimeError, match=r"FSR stops here.*visual tokens that filled placeholders"):
             call()
 
 
@@ -85,14 +85,14 @@ def test_a_prompt_that_is_fed_in_part(case, monkeypatch):
     model, inputs = case
     original = PromptGuard.check_inputs
     monkeypatch.setattr(PromptGuard, "check_inputs", lambda self, num_new, *rest: original(self, num_new - 1, *rest))
-    with pytest.raises(RuntimeError, match="FSR stops here"):
+    with pytest.raises(RuntimeError, match=r"FSR stops here"):
         model.generate(**inputs, max_new_tokens=1)
 
 
 def test_a_cache_that_does_not_grow(case, monkeypatch):
     model, inputs = case
     monkeypatch.setattr(DynamicCache, "get_seq_length", lambda self, layer_idx=0: 0)
-    with pytest.raises((RuntimeError, ValueError), match="FSR stops here|width"):
+    with pytest.raises((RuntimeError, ValueError), match=r"FSR stops here|width"):
         model.generate(**inputs, max_new_tokens=3)
 
 
