@@ -172,7 +172,7 @@ def test_one_range_of_transformers(project, tested):
     assert f"\nFLOOR := {floor}.0\n" in makefile
     assert row.group(2, 3, 4) == (floor, f"{newest.major}.{newest.minor}", required.removeprefix("transformers"))
     assert f"\n## {row.group(1)}" in changes
-    assert TESTED_UP_TO == (newest.major, newest.minor)
+    assert (newest.major, newest.minor) == TESTED_UP_TO
 
 
 def test_workflows_call_targets_that_exist():
