@@ -501,6 +501,12 @@ def test_the_file_holds_fields_of_fsr_alone(family, tmp_path):
     assert json.loads(config.to_json_string()) == stored
 
 
+def test_a_field_that_is_gone_is_refused_with_what_replaces_it(family):
+    for act in (lambda: FSRConfig(newline="keep"), lambda: family(fsr_config={"newline": "keep"})):
+        with pytest.raises(ValueError, match=r"no more: `newline='keep'`: newline tokens .* are always dropped"):
+            act()
+
+
 def test_a_foreign_key_in_the_file_is_refused(family, tmp_path):
     family().save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
