@@ -634,3 +634,11 @@ def test_a_misspelt_field_cannot_be_assigned():
 def test_made_of_the_fields_of_a_stock_config():
     config = FSRLlavaConfig(**LlavaConfig().to_dict())
     assert config.model_type == config.to_dict()["model_type"] == "fsr_llava"
+
+
+@pytest.mark.parametrize("value", ["drop", "keep"])
+def test_a_field_of_an_older_config_is_refused_by_name(value):
+    with pytest.raises(ValueError, match=rf"`newline='{value}'`: newline tokens .* always dropped.*Take it out"):
+        FSRConfig(newline=value)
+    with pytest.raises(ValueError, match="newline tokens"):
+        FSRLlavaNextConfig(fsr_config={"newline": value})
