@@ -46,6 +46,7 @@ class Recipe:
     dropped_horizon: int = 900
     dropped_cooldown: int = 150
     dropped_learning_rate: float = 6e-4
+    dropped_share: float = 0.7  # of these weights in the result; the rest is those before
 
     @property
     def size(self) -> SmallLlava:
