@@ -659,6 +659,17 @@ def test_prompt_lookup(case, candidates, options):
     assert candidates[0] == 3
 
 
+def test_prompt_lookup_that_proposes_a_placeholder(case, candidates):
+    """The prompt ends in the words that stand before its picture; a placeholder among the candidates is a word."""
+    item = case.family.item(seed=20)
+    first = item.token_ids.index(next(token for token in item.token_ids if token in case.family.placeholder_ids))
+    row = [BOS, 7, item, 8, 9, *item.token_ids[:first], 7, *item.token_ids[:first]]
+    expected = case.oracle.decode(case.compress([row]), 12)[0]
+    tokens = case.generate(case.family.inputs([row]), prompt_lookup_num_tokens=4, max_new_tokens=12)
+    assert torch.equal(tokens, expected)
+    assert candidates[0] == 4
+
+
 def text_model(hidden_size):
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,

@@ -445,11 +445,30 @@ class FSRModelMixin(TextEncoderMixin):
             if positions is not None:
                 kwargs["position_ids"] = positions
         if getattr(guard, "model", None) is self:
+            if is_kept and (num_beyond := guard.columns_fed + input_ids.shape[1] - guard.length) > 0:
+                kept = kwargs["mm_encoder_outputs"] = self._with_words(kept, input_ids[:, -num_beyond:])
             num_features = sum(len(f) for output in (kept or {}).values() for f in output.pooler_output)
             guard.check_inputs(input_ids.shape[1], num_features, {"attention_mask": attention_mask, **kwargs})
         if is_kept:
             return self._forward_kept(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         return self._forward_stock(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def _with_words(self, kept: dict[str, Any], input_ids: torch.Tensor) -> dict[str, Any]:
+        """
+        The visual tokens of a prompt, followed by the embeddings of placeholders behind it: prompt lookup may propose
+        one, which is a word there. (Decoding with candidates has one row.)
+        """
+        kept = dict(kept)
+        for modality, output in kept.items():
+            words = input_ids[input_ids == self.placeholder_ids[modality]]  # waits for the device
+            if len(words):
+                features = {"pooler_output": [*output.pooler_output, self.get_input_embeddings()(words)]}
+                if (depths := output.get("deepstack_features")) is not None:
+                    features["deepstack_features"] = [
+                        [*d, torch.zeros_like(features["pooler_output"][-1])] for d in depths
+                    ]
+                kept[modality] = type(output)(**{**output, **features})
+        return kept
 
     def _forward_stock(self, **inputs):
         return super().forward(**inputs, return_dict=True)
