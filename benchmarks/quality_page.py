@@ -221,7 +221,7 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "recall": _recall,
 }
 # Those that the page has for both models.
-EARLIER_BLOCKS = ("setup", "accuracy", "retained", "positions", "against-fsr", "space")
+EARLIER_BLOCKS = ("setup", "accuracy", "retained", "positions", "against-fsr")
 
 
 # ---------------------------------------------------------------- parts of them

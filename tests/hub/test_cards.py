@@ -238,10 +238,13 @@ def test_the_numbers_of_the_trained_checkpoint_are_those_of_the_benchmark():
     """Written to one decimal from the file that the benchmark wrote."""
     result = json.loads((Path(__file__).parents[2] / "docs" / "quality.json").read_text(encoding="utf-8"))
     config = json.loads((shapes_vqa_folder() / "config.json").read_text(encoding="utf-8"))
-    method = "fsr" if config["fsr_config"]["invert_relevance"] else "fsr-literal"
+    fsr_config = config["fsr_config"]
+    method = "fsr" if fsr_config["invert_relevance"] == result["fsr"]["invert_relevance"] else "fsr-other-sign"
     card = render_card("shapes-vqa", revision="v1")
     text = section(card, "Measured with this code")
-    accuracy = {row["budget"]: row["accuracy"] for row in result["results"] if row["method"] in ("unpruned", method)}
+    rows = [row for row in result["results"] if row["method"] in ("unpruned", method)]
+    positions = fsr_config["positions"]
+    accuracy = {row["budget"]: row.get("positions", {}).get(positions, row)["accuracy"] for row in rows}
     unpruned = f"{100 * accuracy.pop(result['num_tokens']):.1f}"
     rows = [[f"`num_visual_tokens={budget}`", f"{100 * value:.1f}"] for budget, value in accuracy.items()]
     assert tables(text) == [[["budget", "Shapes-VQA, accuracy"], ["unpruned", unpruned], *rows]]
