@@ -168,7 +168,8 @@ def _focus(result) -> str:
 
 
 def _recall(result) -> str:
-    return _by_budget(result, _names(result), lambda row: _percent(row.get("object_recall")))
+    names = [name for name in _names(result) if not name.endswith("-space")]
+    return _by_budget(result, names, lambda row: _percent(row.get("object_recall")))
 
 
 def _sign(result) -> str:
