@@ -123,8 +123,7 @@ def main() -> None:
         arguments.work / "llava",
         arguments.output or arguments.work / "shapes-vqa-fsr",
         text_encoder=arguments.work / "clip",
-        # On this CLIP, patches of what a text names are more like it than the others are: see docs/quality.md.
-        fsr_config={"num_visual_tokens": recipe.num_patches // 9, "invert_relevance": False},
+        fsr_config={"num_visual_tokens": recipe.num_patches // 9},
         base_model="shapes-vqa",
         force=True,
     )
