@@ -443,7 +443,8 @@ def qwen3_layout(reference, item: Item, clip, query, pool: str = "item") -> Layo
     saliency = received_attention(reference.model.visual, pixels, grid)
     frames = int(grid[0, 0]) if pool == "view" else 1
     pools = [
-        Pool(run[numbers], saliency[numbers], None, numbers.tolist()) for numbers in torch.arange(len(run)).chunk(frames)
+        Pool(run[numbers], saliency[numbers], None, numbers.tolist())
+        for numbers in torch.arange(len(run)).chunk(frames)
     ]
     return Layout(run, pools, deepstack=[torch.cat(list(rows)) for rows in outputs.deepstack_features])
 
@@ -624,7 +625,9 @@ LLAVA_VIDEO = Family(
 )
 
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAVA, LLAVA_NEXT, QWEN2_5_VL, QWEN3_VL, LLAVA_VIDEO)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAVA, LLAVA_NEXT, QWEN2_5_VL, QWEN3_VL, LLAVA_VIDEO)
+}
 
 
 @functools.cache
