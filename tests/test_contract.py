@@ -932,7 +932,7 @@ def test_guidance(case):
 def refused(case):
     embeds = case.model.get_input_embeddings()(case.inputs["input_ids"])
     if VERSION < (5, 23):
-        yield {"prefill_chunk_size": 4}, "`prefill_chunk_size` .* right from 5.23 on"
+        yield {"prefill_chunk_size": 4}, "`prefill_chunk_size` .* by chunks"
     yield {"token_healing": True}, "`token_healing` .* visual tokens do not follow"
     yield {"cache_implementation": "paged"}, "`cache_implementation` .* ids alone"
     yield {"custom_generate": lambda model, **kwargs: None}, "`custom_generate` .* decoding loop"
@@ -1524,6 +1524,8 @@ def test_logits_to_keep(case):
             close(case.model(**case.inputs, logits_to_keep=number).logits, full[:, -number:])
         index = torch.tensor([case.length - 1, 0, 5, case.length - 4])
         close(case.model(**case.inputs, logits_to_keep=index).logits, full[:, index])
+        if VERSION < (5, 22):
+            return  # the stock class takes no more forms of it
         per_row = torch.stack([(index + row) % case.length for row in range(len(case.rows))])
         expected = full.take_along_dim(per_row[..., None], dim=1)
         close(case.model(**case.inputs, logits_to_keep=per_row).logits, expected)
@@ -1594,6 +1596,78 @@ def test_forward_refuses_what_refers_to_the_whole_prompt(case, no_work):
     inputs = {name: value for name, value in case.inputs.items() if name != "input_ids"}
     with pytest.raises(ValueError, match="Pixels need `input_ids`"):
         case.model(**inputs)
+
+
+def test_visual_outputs(case):
+    """As the stock class has them: the tower's states, and for each picture what the language model got of it."""
+    with torch.no_grad():
+        out = case.model.model(**case.inputs)
+    if VERSION < (5, 22):
+        pytest.skip("the stock class has them from 5.22 on")
+    for modality in ("image", "video"):
+        items = [
+            (item, selection)
+            for row, prompt in zip(case.rows, case.prompts)
+            for item, selection in zip([part for part in row if isinstance(part, Item)], prompt.selections)
+            if item.modality == modality
+        ]
+        outputs = out.get(f"{modality}_outputs")
+        if not items:
+            assert outputs is None
+            continue
+        assert outputs.last_hidden_state.ndim >= 2
+        for features, (_, selection) in zip(outputs.pooler_output, items, strict=True):
+            close(features, torch.stack([selection.features[i] for i in selection.kept]))
+
+
+# --- 13: the inner model ---
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_inner_model(case, padding_side):
+    """As trainers with a fused head call it: pruned, with states at the caller's positions."""
+    inputs = case.family.inputs(case.rows, padding_side=padding_side)
+    with recorded(case.model.get_submodule(case.family.language_model)) as calls, torch.no_grad():
+        out = case.model.model(**inputs, use_cache=False)
+        logits = case.model(**inputs).logits
+        assert torch.equal(case.model.base_model(**inputs).last_hidden_state, out.last_hidden_state)
+        as_tuple = case.model.model(**inputs, return_dict=False)
+    assert torch.equal(as_tuple[0], out.last_hidden_state)
+    width = max(len(prompt.columns) for prompt in case.prompts)
+    assert [call["inputs_embeds"].shape[1] for _, call in calls] == [width] * 4
+    assert out.last_hidden_state.shape[:2] == inputs["input_ids"].shape
+    close(case.model.lm_head(out.last_hidden_state), logits)
+    for row, prompt in enumerate(case.prompts):
+        columns = torch.tensor(prompt.columns) + (case.length - len(prompt.ids) if padding_side == "left" else 0)
+        expected = case.oracle.run(prompt, output_hidden_states=True).hidden_states[-1][0]
+        close(out.last_hidden_state[row, columns], expected)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.parametrize("inner", [True, False], ids=["inner", "outer"])
+def test_own_loop_under_either_name_of_the_cache(case, name, inner):
+    """A batch, with and without a mask of the cache's width, after a prefill into the caller's own cache."""
+    cache = DynamicCache()
+    model = case.model.model if inner else case.model
+
+    def last_logits(out):
+        return case.model.lm_head(out.last_hidden_state[:, -1]) if inner else out.logits[:, -1]
+
+    with torch.no_grad():
+        out = model(**case.inputs, **{name: cache})
+        assert get_cache(out) is cache
+        width = cache.get_seq_length()
+        mask = torch.zeros(len(case.rows), width, dtype=torch.long)
+        for row, prompt in enumerate(case.prompts):
+            mask[row, width - len(prompt.columns) :] = 1
+        tokens = []
+        for _ in range(NEW):
+            tokens.append(last_logits(out).argmax(-1))
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            out = model(input_ids=tokens[-1][:, None], attention_mask=mask, **{name: cache})
+    assert torch.equal(torch.stack(tokens, dim=1), case.expected[0])
+    with pytest.raises(ValueError, match="already holds tokens"):
+        model(**case.inputs, **{name: cache})
 
 
 # --- 11: gradients ---

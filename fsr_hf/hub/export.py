@@ -38,7 +38,7 @@ _PICKLE = "pytorch_model.bin"
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "chat_templates/*", "query_tokenizer/*", "LICENSE*", "NOTICE*")
 _CARD = "README.md"
 _MARK = ".fsr-hf-export"  # in a folder that an export is filling
-_TEXT_ENCODER = "text_encoder."  # the submodule of every FSR model that holds CLIP's text side
+_TEXT_ENCODER = "model.text_encoder."  # the submodule of every FSR model that holds CLIP's text side
 
 
 def export(

@@ -21,7 +21,7 @@ from .flatten import flat_files
 from .manifest import Fingerprint, compare_manifest, read_manifest
 
 
-__all__ = ["check_code", "check_loads", "find_weights", "open_tensors", "verify"]
+__all__ = ["check_code", "check_loads", "find_weights", "open_tensors", "read_json", "verify"]
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -86,7 +86,7 @@ def check_code(folder: Path, version: str = __version__) -> list[str]:
         return ["config.json is missing, or no config of FSR"]
     faults = []
     for file in sorted(folder.rglob("*.json")):
-        content = _read_json(file)
+        content = read_json(file)
         auto_map = content.get("auto_map") if isinstance(content, dict) else None
         if isinstance(content, dict) and "custom_pipelines" in content:
             faults.append(f"{file.name}: `custom_pipelines` names other code: {content['custom_pipelines']}")
@@ -160,7 +160,7 @@ def find_weights(folder: Path) -> dict[str, Path]:
         with open_tensors(folder / _WEIGHTS) as tensors:
             return dict.fromkeys(tensors.keys(), folder / _WEIGHTS)
     if (folder / _INDEX).is_file():
-        weights = {name: folder / file for name, file in _read_json(folder / _INDEX)["weight_map"].items()}
+        weights = {name: folder / file for name, file in read_json(folder / _INDEX)["weight_map"].items()}
         missing = sorted({file.name for file in weights.values() if not file.is_file()})
         if missing:
             raise ValueError(f"{folder} lacks shards that {_INDEX} names: {', '.join(missing)}.")
@@ -184,7 +184,7 @@ def _without_data(weights: dict[str, Path]) -> dict[str, torch.Tensor]:
 def _find_family(folder: Path) -> Family | None:
     if not (folder / "config.json").is_file():
         return None
-    model_type = _read_json(folder / "config.json").get("model_type")
+    model_type = read_json(folder / "config.json").get("model_type")
     return next((family for family in FAMILIES if family.config.model_type == model_type), None)
 
 
@@ -206,5 +206,5 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))

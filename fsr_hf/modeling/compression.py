@@ -229,9 +229,9 @@ class FSRModelMixin(TextEncoderMixin):
         """The visual inputs of some items alone: of each modality, the numbers in the order of its pixels."""
         raise NotImplementedError
 
-    def stock_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of a call that is not pruned, as the stock `forward()` takes them."""
-        return inputs
+    def has_own_layout(self, visual: dict[str, Any]) -> bool:
+        """Whether the stock class lays these visual inputs out in another way, so that it must not see the pixels."""
+        return False
 
     def full_position_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **visual: Any) -> torch.Tensor:
         """
@@ -285,6 +285,7 @@ class FSRModelMixin(TextEncoderMixin):
         output_visual_selection: bool = False,
         conversation: Conversation | None = None,
         with_slack: bool = False,
+        by_row: bool = False,
         **visual: Any,
     ) -> CompressedPrompt | None:
         """
@@ -301,6 +302,9 @@ class FSRModelMixin(TextEncoderMixin):
                 What a cache holds of the prompt: only the rest is encoded.
             with_slack (`bool`, *optional*, defaults to `False`):
                 Whether every row begins with a masked column.
+            by_row (`bool`, *optional*, defaults to `False`):
+                Whether `mm_encoder_outputs` has one tensor for each row with a picture, not for each picture. Below
+                5.24, beams give a row with several pictures a wrong order of them.
             visual:
                 The visual inputs of the model, such as `pixel_values`.
 
@@ -328,7 +332,7 @@ class FSRModelMixin(TextEncoderMixin):
         for item, budget in zip(items, budgets):
             pruned_rows[item.row] |= budget < item.num_candidates
         needs_query = bool(pruned_rows.any()) or output_visual_selection
-        if not needs_query and conversation is None:
+        if not needs_query and conversation is None and not self.has_own_layout(visual):
             return None
 
         question = (
@@ -371,7 +375,7 @@ class FSRModelMixin(TextEncoderMixin):
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            mm_encoder_outputs=self._kept_outputs(items, kept, outputs) if kept else {},
+            mm_encoder_outputs=self._kept_outputs(items, kept, outputs, by_row) if kept else {},
             columns=columns,
             num_features=sum(counts),
             is_padded=is_padded,
@@ -439,18 +443,18 @@ class FSRModelMixin(TextEncoderMixin):
         # transformers reads a jump in the first axis as the start of a packed sequence, so it stays consecutive.
         return chosen if full.ndim == 2 else torch.cat([text[None], chosen])
 
-    def _kept_outputs(self, items, kept, outputs) -> dict[str, Any]:
+    def _kept_outputs(self, items, kept, outputs, by_row: bool) -> dict[str, Any]:
         """The kept tokens of each modality, as the stock `forward()` takes them."""
         features = kept.features.split(kept.counts)
         result = {}
         for modality, output in outputs.items():
-            own = [part for part, item in zip(features, items) if item.modality == modality]
-            result[modality] = self.make_output(modality, own, output)
+            groups: dict[int, list[torch.Tensor]] = {}
+            for number, (part, item) in enumerate(zip(features, items)):
+                if item.modality == modality:
+                    groups.setdefault(item.row if by_row else number, []).append(part)
+            own = [torch.cat(parts) for parts in groups.values()]
+            result[modality] = KeptVisualOutput(last_hidden_state=output.last_hidden_state, pooler_output=own)
         return result
-
-    def make_output(self, modality: str, features: list[torch.Tensor], output: Any) -> Any:
-        """The kept tokens `(kept, hidden_size)` of the items of a modality, after its stock output."""
-        return KeptVisualOutput(last_hidden_state=output.last_hidden_state, pooler_output=features)
 
     def _check_query(self, input_ids, attention_mask, fsr, batch_size: int):
         """The question as `encode_query` takes it, or `None` (saliency alone), with a warning where it is missing."""
@@ -500,18 +504,18 @@ class FSRModelMixin(TextEncoderMixin):
         guard = active_guard()
         if is_unpruned(guard):
             kwargs = {name: value for name, value in kwargs.items() if name not in FSR_ARGUMENTS}
-            return self._stock_forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            return self._forward_stock(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         check_arguments(kwargs)
         fsr = self._override(kwargs)
         call = {name: kwargs.pop(name, None) for name in FSR_ARGUMENTS}
-        visual = self.pop_visual(kwargs) if fsr.enabled else None
+        visual = self.pop_visual(kwargs) if fsr.enabled or self.has_own_layout(kwargs) else None
         if visual is None:
             return self._forward_as_it_is(guard, fsr, input_ids, attention_mask, kwargs)
 
         check_prompt(input_ids, attention_mask, kwargs)
         prompt = self.compress(input_ids, attention_mask, **call, **visual)
         if prompt is None:
-            return self._stock_forward(input_ids=input_ids, attention_mask=attention_mask, **visual, **kwargs)
+            return self._forward_stock(input_ids=input_ids, attention_mask=attention_mask, **visual, **kwargs)
         names = ("input_ids", "attention_mask", "position_ids", "mm_encoder_outputs")
         outputs = self._forward_kept(**{**kwargs, **{name: getattr(prompt, name) for name in names}})
         if (cache := get_cache(outputs)) is not None:
@@ -542,19 +546,19 @@ class FSRModelMixin(TextEncoderMixin):
             guard.check_inputs(input_ids.shape[1], num_features, {"attention_mask": attention_mask, **kwargs})
         if is_kept:
             return self._forward_kept(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        return self._stock_forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        return self._forward_stock(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
-    def _stock_forward(self, **inputs):
-        return super().forward(**self.stock_inputs(inputs), return_dict=True)
+    def _forward_stock(self, **inputs):
+        return super().forward(**inputs, return_dict=True)
 
     def _forward_kept(self, **inputs):
         """The stock `forward()` of a prompt that is compressed already."""
         if torch.compiler.is_compiling():
-            return super().forward(**inputs, return_dict=True)
+            return self._forward_stock(**inputs)
         num_features = sum(len(f) for output in inputs["mm_encoder_outputs"].values() for f in output.pooler_output)
         cached = cache_length(get_cache(inputs))
         with PlacementCounter() as counter:
-            outputs = super().forward(**inputs, return_dict=True)
+            outputs = self._forward_stock(**inputs)
         check_outputs(counter.placed, num_features, cached, inputs["input_ids"].shape[1], outputs)
         return outputs
 

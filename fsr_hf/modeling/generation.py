@@ -150,14 +150,16 @@ class FSRGenerationMixin(TextEncoderMixin, GenerationMixin):
                 "selections, and pruning that is enabled."
             )
         cache = get_cache(kwargs)
+        has_own_layout = self.model.has_own_layout(kwargs)
         if not fsr.enabled:
             if cache is not None and is_pruned_cache(cache):
                 raise ValueError(
                     "`past_key_values` (`cache`) comes from a prompt that FSR compressed: it cannot go on with "
                     "`fsr_enabled=False`. Pass the whole conversation, pixels included, without a cache."
                 )
-            with unpruned():
-                return super().generate(inputs, **arguments, **kwargs)
+            if not has_own_layout:
+                with unpruned():
+                    return super().generate(inputs, **arguments, **kwargs)
 
         visual = self.model.pop_visual(kwargs)
         self._check_generation(options, model_kwargs, arguments, kwargs)
@@ -175,8 +177,8 @@ class FSRGenerationMixin(TextEncoderMixin, GenerationMixin):
         if conversation is None and cache_length(cache) != 0:
             raise ValueError(
                 "`past_key_values` (`cache`) already holds tokens that no FSR model wrote, so images cannot join "
-                "them: pass the whole conversation without it, or `fsr_enabled=False` to run unpruned. (PEFT prefix tuning "
-                "fills the cache: use an adapter on the weights, such as LoRA.)"
+                "them: pass the whole conversation without it, or `fsr_enabled=False` to run unpruned. (PEFT prefix "
+                "tuning fills the cache: use an adapter on the weights, such as LoRA.)"
             )
         attention_mask = kwargs.get("attention_mask")
         check_prompt(input_ids, attention_mask, {"position_ids": kwargs.get("position_ids")})
@@ -200,9 +202,10 @@ class FSRGenerationMixin(TextEncoderMixin, GenerationMixin):
             # Without a cache, transformers reads gaps in positions as packed sequences once it has dropped a mask of
             # ones: a masked column keeps the mask.
             with_slack=options.use_cache is False and fsr.positions == "original",
+            by_row=True,
             **(visual or {}),
         )
-        if conversation is None and (prompt is None or not prompt.pruned_rows.any()):
+        if conversation is None and (prompt is None or not (has_own_layout or prompt.pruned_rows.any())):
             selections = None if prompt is None else prompt.selections
             return self._generate_unpruned(
                 inputs, options, arguments, kwargs, visual, output_visual_selection, selections

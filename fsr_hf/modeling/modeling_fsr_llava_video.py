@@ -89,29 +89,20 @@ class FSRLlavaVideoModel(FSRModelMixin, LlavaOnevisionModel):
         features, saliency = zip(*(next(encoded[item.modality]) for item in items))
         return VisualTokens(list(features), torch.cat(saliency)), outputs
 
-    def stock_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # The stock `forward()` has no place for the numbers of frames: it gets tokens of videos in place of pixels.
-        frames = inputs.pop("video_num_frames", None)
-        if inputs.get("pixel_values_videos") is None:
-            return inputs
-        visual = {name: inputs.pop(name) for name in self.visual_inputs if name in inputs}
-        layer = {name: visual.get(name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
-        videos = self.get_video_features(
-            visual["pixel_values_videos"], **layer, video_num_frames=frames, return_dict=True
-        )
-        inputs["mm_encoder_outputs"] = {"video": videos}
-        if visual.get("pixel_values") is not None:
-            names = ("pixel_values", *_IMAGE_INPUTS)
-            inputs["mm_encoder_outputs"]["image"] = self.get_image_features(
-                **{name: visual.get(name) for name in names}, **layer, return_dict=True
-            )
-        return inputs
+    def has_own_layout(self, visual: dict[str, Any]) -> bool:
+        return visual.get("pixel_values_videos") is not None
 
-    def make_output(self, modality: str, features: list[torch.Tensor], output: Any) -> Any:
-        kept = super().make_output(modality, features, output)
-        if modality == "video":
-            kept.pooler_output = _as_rows(features)
-        return kept
+    def _forward_stock(self, **inputs):
+        videos = (inputs.get("mm_encoder_outputs") or {}).get("video")
+        if videos is None or isinstance(videos.pooler_output, torch.Tensor):
+            return super()._forward_stock(**inputs)
+        # The stock class takes one tensor here; `generate` has split the list between beams by rows before.
+        video = type(videos)(pooler_output=torch.cat(videos.pooler_output)[:, None])
+        inputs["mm_encoder_outputs"] = {**inputs["mm_encoder_outputs"], "video": video}
+        outputs = super()._forward_stock(**inputs)
+        if "video_outputs" in outputs:
+            outputs["video_outputs"] = videos
+        return outputs
 
     # ------------------------------------------------------------------ features and saliency
 
@@ -135,30 +126,24 @@ class FSRLlavaVideoModel(FSRModelMixin, LlavaOnevisionModel):
 
         Returns:
             The output of the vision tower. Its `pooler_output` holds what fills the placeholders of the videos, one
-            after the other, newlines included: `(sum of frames * rows * (columns + 1), 1, hidden_size)`. (As
-            `(1, tokens, hidden_size)`, beams would give the rows of a batch each other's tokens.)
+            after the other, newlines included: `(sum of frames * rows * (columns + 1), 1, hidden_size)`.
         """
         layer = _resolve_layer(self.config, vision_feature_layer, vision_feature_select_strategy)
         numbers = self._num_frames(pixel_values_videos, video_num_frames)
         frames = torch.cat([video[:number] for video, number in zip(pixel_values_videos, numbers)])
-        asked = kwargs.pop("output_hidden_states", None)
-        outputs = self.vision_tower(frames, **{**kwargs, "output_hidden_states": asked or [layer]}, return_dict=True)
+        # Index lists of older versions count outputs of blocks, those of newer ones the input of the first block, too.
+        states = [layer - 2, layer - 1, layer] if layer > 1 else True
+        outputs = self.vision_tower(frames, **{**kwargs, "output_hidden_states": states}, return_dict=True)
         with offloaded_params_loaded(self):
-            features = self._pool(self.multi_modal_projector(outputs.hidden_states[layer]))
+            features = self._pool(self.multi_modal_projector(self._hidden_state(outputs, layer)))
             newlines = self.image_newline.to(features).expand(*features.shape[:2], 1, -1)
             outputs.pooler_output = torch.cat([features, newlines], dim=2).flatten(0, 2)[:, None]
         return outputs
 
     def _encode_videos(self, pixel_values_videos, video_num_frames=None, vision_feature_layer=None, **visual):
         layer = _resolve_layer(self.config, vision_feature_layer)
-        outputs = self.get_video_features(
-            pixel_values_videos,
-            layer,
-            video_num_frames=video_num_frames,
-            output_hidden_states=[layer - 1, layer],
-            return_dict=True,
-        )
-        saliency = self._pool(self._saliency(layer, outputs.hidden_states[layer - 1])[..., None])
+        outputs = self.get_video_features(pixel_values_videos, layer, video_num_frames=video_num_frames)
+        saliency = self._pool(self._saliency(layer, self._hidden_state(outputs, layer - 1))[..., None])
         saliency = nn.functional.pad(saliency, (0, 0, 0, 1)).flatten()  # [placeholders of all videos]
         area = self._pooled_side * (self._pooled_side + 1)
         lengths = [frames * area for frames in self._num_frames(pixel_values_videos, video_num_frames)]
@@ -174,12 +159,17 @@ class FSRLlavaVideoModel(FSRModelMixin, LlavaOnevisionModel):
                 output_hidden_states=[layer - 1, layer],
                 return_dict=True,
             )
-        saliency = self._saliency(layer, outputs.hidden_states[layer - 1])[..., None]  # [views, area, 1]
+        saliency = self._saliency(layer, self._hidden_state(outputs, layer - 1))[..., None]  # [views, area, 1]
         tiles = self._tiles(visual["image_sizes"], visual.get("batch_num_images"))
         views = saliency.split([1 + rows * columns for rows, columns in tiles])
         packed = self._pack(views, saliency.new_zeros(1), **visual)
         numbers = range(len(tiles)) if image_numbers is None else image_numbers
         return outputs, [outputs.pooler_output[n] for n in numbers], [packed[n][:, 0] for n in numbers]
+
+    def _hidden_state(self, outputs: Any, number: int) -> torch.Tensor:
+        """The input of block `number`, or of what follows the last; that of the first may be missing in `outputs`."""
+        missing = self.config.vision_config.num_hidden_layers + 1 - len(outputs.hidden_states)
+        return outputs.hidden_states[number - missing]
 
     @torch.no_grad()
     def _saliency(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -312,11 +302,6 @@ class FSRLlavaVideoForConditionalGeneration(
     config_class = FSRLlavaVideoConfig
     config: FSRLlavaVideoConfig
     inner_class = FSRLlavaVideoModel
-
-
-def _as_rows(features: list[torch.Tensor]) -> torch.Tensor:
-    """Tokens of videos `(kept, hidden_size)` as the stock class takes them, so that beams split them by rows."""
-    return torch.cat(features)[:, None]
 
 
 def _resolve_layer(config: Any, layer: Any = None, strategy: str | None = None) -> int:

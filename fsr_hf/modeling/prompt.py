@@ -213,7 +213,7 @@ def carry_states(hidden_states: torch.Tensor, columns: torch.Tensor, length: int
             Length of the caller's prompt.
 
     Returns:
-        `torch.FloatTensor` of shape `(batch, length, hidden_size)`; positions before the first kept one hold its state.
+        `torch.FloatTensor` of shape `(batch, length, hidden_size)`; positions before the first kept one hold that one's.
     """
     positions = torch.arange(length, device=columns.device).expand(len(columns), -1)
     source = torch.searchsorted(columns.contiguous(), positions.contiguous(), right=True) - 1

@@ -169,14 +169,14 @@ class QwenVLMixin(FSRModelMixin):
 
     # ------------------------------------------------------------------ positions
 
-    def _stock_forward(self, **inputs):
+    def _forward_stock(self, **inputs):
         # The stock class keeps the offset from entries of the cache to positions on the model, where an earlier call,
         # whatever its prompt was, has left its own. It belongs to the cache.
         cache = get_cache(inputs)
         is_start = cache_length(cache) == 0
         if inputs.get("position_ids") is None:
             self.rope_deltas = None if is_start else getattr(cache, "rope_deltas", self.rope_deltas)
-        outputs = super()._stock_forward(**inputs)
+        outputs = super()._forward_stock(**inputs)
         if is_start and (cache := get_cache(outputs)) is not None:
             cache.rope_deltas = self.rope_deltas
         return outputs
