@@ -26,7 +26,7 @@ class KeptDeepstackOutput(KeptVisualOutput):
 
     Args:
         deepstack_features (`list[list[torch.FloatTensor]]`, *optional*):
-            For each depth, the kept tokens `(kept, hidden_size)` of each image or video.
+            For each depth, tensors of the sizes of `pooler_output`.
     """
 
     deepstack_features: list[list[torch.FloatTensor]] | None = None
@@ -74,7 +74,7 @@ class FSRQwen3VLModel(QwenVLMixin, Qwen3VLModel):
         tokens.companions = [next(depths[item.modality]) for item in items]
         return tokens, outputs
 
-    def make_output(self, modality: str, features: list[torch.Tensor], output: Any) -> KeptDeepstackOutput:
+    def make_output(self, features: list[torch.Tensor], output: Any) -> KeptDeepstackOutput:
         size = self.config.get_text_config().hidden_size
         kept, *depths = zip(*(rows.split(size, dim=-1) for rows in features))
         return KeptDeepstackOutput(
