@@ -27,8 +27,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionR
 from fsr_hf import VisualSelection, select_visual_tokens
 from fsr_hf.bench import Method, as_selection, format_result, measure, quartiles, random_selection, synchronize
 from fsr_hf.machine import provenance
-from fsr_hf.modeling.pools import select_from_pools
-from fsr_hf.modeling.prompt import lay_out
+from fsr_hf.modeling.guards import get_cache
+from fsr_hf.modeling.pools import VisualTokens, select_from_items
+from fsr_hf.modeling.prompt import VisualItem
 
 from . import selectors
 from .models import Prompt, build, make_inputs
@@ -293,33 +294,34 @@ def count_flops(size: str) -> list[dict[str, Any]]:
                 # Positions come from grids, which have values, and meet frequencies, which have none.
                 module.register_forward_pre_hook(lambda _, args: (args[0], args[1].to("meta")))
         inputs = make_inputs(model, case.family, case.prompt, 1)
+        inner = model.model
+        visual = inner.pop_visual(inputs)
+        items = inner.place_items(inputs["input_ids"], inner.build_items(**visual))
         rows = []
-        with FlopCounterMode(display=False) as encoder:
-            items, runs = _meta_features(model, inputs)
-        with FlopCounterMode(display=False) as scorer:
-            pools = _meta_pools(model, inputs, items)
+        with FlopCounterMode(display=False) as encoder:  # what an unpruned model computes
+            get_features = inner.get_video_features if items[0].modality == "video" else inner.get_image_features
+            get_features(**{name: value for name, value in visual.items() if name != "mm_token_type_ids"})
+        with FlopCounterMode(display=False) as scorer:  # the same, and the scores
+            tokens = _meta_tokens(inner, inputs, items, visual)
         for budget in (None, *BUDGETS[case.family]):
             with FlopCounterMode(display=False) as counter:
-                if budget is None:
-                    features, kept = runs, [item.length for item in items]
-                else:
-                    kept = [budget if isinstance(budget, int) else max(1, round(budget * sum(pools.sizes)))]
-                    _, features, kept, _ = select_from_pools(
-                        pools, items, kept, [True], model.config.fsr_config, False
-                    )
-                cache = _meta_prefill(model, inputs["input_ids"], items, features, kept)
+                kept = items[0].length
+                if budget is not None:
+                    kept = Method("FSR", budget).kept(items[0].num_candidates)
+                    select_from_items(tokens, items, [kept], model.config.fsr_config, model.selector, False)
+                cache = _meta_prefill(model, inputs["input_ids"].shape[1] - items[0].length + kept)
             flops = counter.get_total_flops() + (encoder if budget is None else scorer).get_total_flops()
             length = cache.get_seq_length()
             kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
             rows.append(
                 {
                     "budget": budget,
-                    "visual_tokens": sum(kept),
+                    "visual_tokens": kept,
                     "length": length,
                     "flops": flops,
                     "macs": flops // 2,
                     "kv_bytes": kv_bytes,
-                    "visual_kv_bytes": kv_bytes // length * sum(kept),
+                    "visual_kv_bytes": kv_bytes // length * kept,
                 }
             )
         results.append(
@@ -337,36 +339,26 @@ def count_flops(size: str) -> list[dict[str, Any]]:
     return results
 
 
-def _visual(model, inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: inputs[name] for name in model.visual_inputs if name in inputs}
-
-
-def _meta_features(model, inputs: dict[str, Any]):
-    """The items of the prompt, and the tokens of all, `(placeholders, hidden_size)`, as an unpruned model has them."""
-    visual = _visual(model, inputs)
-    items = model.find_items(inputs["input_ids"], **visual)
-    visual.pop("mm_token_type_ids", None)
-    encode = model.get_video_features if "pixel_values_videos" in visual else model.get_image_features
-    return items, torch.cat(list(encode(**visual, return_dict=True).pooler_output))
-
-
-def _meta_pools(model, inputs: dict[str, Any], items):
-    """The pools of the prompt: what an unpruned model computes, and the scores."""
+def _meta_tokens(inner, inputs: dict[str, Any], items: list[VisualItem], visual: dict[str, Any]) -> VisualTokens:
+    """The tokens of the image or video, and their scores."""
+    if (grid := visual.get("image_grid_thw")) is not None:
+        # `encode_items` would move the grid to the device of the pixels, where it has no values.
+        last = inner.config.vision_config.depth - 1
+        outputs = inner.get_image_features(visual["pixel_values"], grid, output_hidden_states=[last - 1, last])
+        return VisualTokens(list(outputs.pooler_output), inner.saliency(outputs.hidden_states[-2], grid))
     query = None
-    if "query_input_ids" in inputs:
-        query = model.text_encoder.encode_query(
-            *(inputs[name].to("meta") for name in ("query_input_ids", "query_attention_mask"))
-        )
-    return model.encode_visuals(items, query, **_visual(model, inputs))
+    if inner.text_encoder is not None:
+        names = ("query_input_ids", "query_attention_mask")
+        query = inner.text_encoder.encode_query(*(inputs[name].to("meta") for name in names))
+    return inner.encode_items(items, query, **visual)[0]
 
 
-def _meta_prefill(model, ids: torch.Tensor, items, features: torch.Tensor, kept: list[int]):
-    """The language model on what is kept, up to the logits of the first new token: its cache. Ids have values."""
-    layout = lay_out(torch.ones_like(ids), items, kept, torch.arange(sum(kept)))
-    embeds = layout.embeds(model.get_input_embeddings()(layout.gather(ids).to("meta")), features)
-    outputs = model.model.language_model(inputs_embeds=embeds, use_cache=True)
+def _meta_prefill(model, length: int):
+    """The language model on a prompt of this length, up to the logits of the first new token: its cache."""
+    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+    outputs = model.model.language_model(inputs_embeds=model.get_input_embeddings()(ids), use_cache=True)
     model.lm_head(outputs.last_hidden_state[:, -1:])
-    return outputs.past_key_values
+    return get_cache(outputs)
 
 
 # ---------------------------------------------------------------------- the command

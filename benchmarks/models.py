@@ -170,8 +170,8 @@ def build(family: str, size: str, device: str, dtype: torch.dtype):
     """
     A model of random weights, made where it will run: a full-size one never goes through the memory of the host.
 
-    The scores of random weights are flat, so that Focus would fill the budget by itself. `rho` is set so low that
-    Focus is one token, and Scan has the most to do that it can have.
+    The scores of random weights are flat, so that Focus would fill all of the budget that it may. `rho` is set so low
+    that Focus is one token, and Scan has the most to do that it can have.
 
     Args:
         family (`str`):

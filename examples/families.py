@@ -62,8 +62,9 @@ def generate(model, inputs, **options) -> tuple[tuple[int, int, int], torch.Tens
     if selections := outputs.get("visual_selections"):  # one of each image or video
         num_visual_tokens = sum(len(selection.indices) for selection in selections)
     else:
-        num_visual_tokens = int(torch.isin(inputs["input_ids"], torch.tensor(model.placeholder_ids())).sum())
-    cache = outputs.past_key_values
+        placeholders = torch.tensor([*model.model.placeholder_ids.values()])
+        num_visual_tokens = int(torch.isin(inputs["input_ids"], placeholders).sum())
+    cache = outputs.get("cache", outputs.get("past_key_values"))  # transformers 5.24 renamed it
     cached = cache.get_seq_length()
     length = cached - (NEW_TOKENS - 1)  # the last new token is chosen, not cached
     cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) * length // cached

@@ -5,6 +5,7 @@ selectors that FSR is compared with. `fsr-hf bench` runs it on a checkpoint.
 
 import functools
 import json
+import math
 import os
 import re
 import statistics
@@ -28,8 +29,9 @@ from transformers.video_utils import VideoMetadata
 from .configuration.configuration_fsr import FSRConfig
 from .explain import check_fsr_model, load_visual
 from .machine import provenance
-from .modeling import clip_tower, fsr, pools
+from .modeling import clip_tower, fsr
 from .modeling.fsr import VisualSelection
+from .modeling.guards import get_cache
 from .processing.processing_fsr_llava_video import sample_frames
 from .processing.video_files import read_video
 from .testing.small_llava import export_small_llava
@@ -236,7 +238,7 @@ class _Span:
 def parts(model) -> list[tuple[str, Any, str]]:
     """What each stage of `model` runs: stage, owner, name of a function."""
     inner = model.model
-    if _family(model) == "qwen2_5_vl":
+    if _family(model).startswith("qwen"):
         tower, projector = inner.visual, inner.visual.merger
     else:
         tower, projector = inner.vision_tower, inner.multi_modal_projector
@@ -249,17 +251,17 @@ def parts(model) -> list[tuple[str, Any, str]]:
         ("Focus", fsr, "_focus"),
         ("Scan", fsr, "_scan"),
         ("Refine", fsr, "_refine"),
-        ("compaction", model, "_compress"),
+        ("compaction", inner, "compress"),
         ("language model", inner.language_model, "forward"),
         ("language model", model.lm_head, "forward"),
         ("rest", model, "forward"),
     ]
     if _family(model) == "llava_video":
-        found += [("features", model, "get_video_features"), ("projector", model, "_pool")]
-    elif _family(model) == "qwen2_5_vl":
+        found += [("features", inner, "get_video_features"), ("projector", inner, "_pool")]
+    elif _family(model).startswith("qwen"):
         found += [("features", inner, "get_video_features")]
-    elif model.text_encoder is not None:
-        found += [("text tower", model.text_encoder, "encode_query"), ("relevance", model.text_encoder, "forward")]
+    elif inner.text_encoder is not None:
+        found += [("text tower", inner.text_encoder, "encode_query"), ("relevance", inner.text_encoder, "forward")]
     return found
 
 
@@ -268,7 +270,9 @@ def _family(model) -> str:
 
 
 def _saliency_function(model) -> tuple[Any, str]:
-    return (clip_tower, "cls_attention") if _family(model) in ("llava", "llava_next") else (model, "_saliency")
+    if _family(model) in ("llava", "llava_next"):
+        return clip_tower, "cls_attention"
+    return model.model, "_saliency" if _family(model) == "llava_video" else "saliency"
 
 
 @contextmanager
@@ -289,20 +293,20 @@ def _replaced(replacements: list[tuple[Any, str, Any]]) -> Iterator[None]:
 
 
 def _replacements(model, method: Method) -> list[tuple[Any, str, Any]]:
-    """What to replace in the package and in the model to run a method other than FSR, and without idle scores."""
+    """What to set in the model to run a method other than FSR, and without scores that it does not read."""
     replacements: list[tuple[Any, str, Any]] = []
     if method.selector is not None:
-        replacements.append((pools, "select_visual_tokens", method.selector))
+        replacements.append((model.model, "selector", method.selector))
     if "saliency" not in method.scores:
         replacements.append((*_saliency_function(model), functools.partial(_no_saliency, model)))
     if "relevance" not in method.scores:
-        replacements.append((model, "_check_query", lambda *_: None))
+        replacements.append((model.config.fsr_config, "relevance", "none"))
     return replacements
 
 
 def _no_saliency(model, block_or_states, states_or_grid) -> torch.Tensor:
     """Zeros in the shape of the family's saliency."""
-    if _family(model) == "qwen2_5_vl":
+    if _family(model).startswith("qwen"):
         area = model.config.vision_config.spatial_merge_size**2
         return torch.zeros(len(block_or_states) // area, device=block_or_states.device)
     views, tokens, _ = states_or_grid.shape
@@ -443,16 +447,16 @@ def measure(
 
 def _describe_prompt(model, inputs: Mapping[str, Any]) -> dict[str, int]:
     """Rows, columns and visual tokens of a prompt with one image or video a row."""
-    visual = {name: inputs[name] for name in model.visual_inputs if name in inputs}
     input_ids = inputs["input_ids"].cpu()
-    items = model.find_items(input_ids, **visual)
+    visual = model.model.pop_visual(dict(inputs))
+    items = model.model.place_items(input_ids, model.model.build_items(**visual))
     batch, length = input_ids.shape
     return {
         "batch": batch,
         "length": length,
         "items": len(items),
         "placeholders": items[0].length,
-        "candidates": model.num_candidates(items, **visual)[0],
+        "candidates": items[0].num_candidates,
         "text": length - sum(item.length for item in items if item.row == 0),
     }
 
@@ -475,9 +479,9 @@ def _count(model, inputs: Mapping[str, Any], method: Method, prompt: dict[str, i
 
     counter = FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED_BY_TORCH)
     with _replaced(_replacements(model, method)):
-        remembering = functools.partial(remember, pools.select_visual_tokens)
-        with _replaced([(pools, "select_visual_tokens", remembering)]), counter:
-            cache = model(**inputs, **method.options, use_cache=True, logits_to_keep=1).past_key_values
+        remembering = functools.partial(remember, model.model.selector)
+        with _replaced([(model.model, "selector", remembering)]), counter:
+            cache = get_cache(model(**inputs, **method.options, use_cache=True, logits_to_keep=1))
     length = cache.get_seq_length()
     cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     visual_tokens = length - prompt["text"]
@@ -509,7 +513,7 @@ def _run(model, inputs: Mapping[str, Any], method: Method, new_tokens: int) -> d
         synchronize(device)
         prefill = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    cache, steps = outputs.past_key_values, []
+    cache, steps = get_cache(outputs), []
     del outputs
     for _ in range(new_tokens):
         start = time.perf_counter()
@@ -661,9 +665,15 @@ def run_bench(
     Raises:
         `ImportError`: if nothing decodes the video.
         `OSError`: if there is no such checkpoint or file.
-        `ValueError`: for arguments that do not fit each other or the checkpoint.
+        `ValueError`: for arguments that do not fit each other or the checkpoint, or noise that memory may not hold.
         `RuntimeError`: for a device that is not there.
     """
+    pixels = math.prod(image_size) * (num_frames or _NUM_FRAMES)
+    if image is None and pixels > _MAX_PIXELS:
+        raise ValueError(
+            f"--image-size {image_size[0]}x{image_size[1]} is too large: {num_frames or _NUM_FRAMES} frames of noise "
+            f"would have {pixels:,} pixels, and may have {_MAX_PIXELS:,}. Choose a smaller size or fewer --num-frames."
+        )
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.empty(0, device=target)  # fails, and says why, if there is none
     if dtype is not None and dtype not in _DTYPES:
@@ -749,6 +759,7 @@ def _noise(size: tuple[int, int]) -> Image.Image:
 
 
 _NUM_FRAMES = 32
+_MAX_PIXELS = 2**30  # of all frames of noise, three bytes each
 
 
 def _notes(result: dict[str, Any], is_random: bool) -> Iterator[str]:

@@ -49,7 +49,8 @@ def export(
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Replace what is in OUTPUT_DIR; what no export made stays in OUTPUT_DIR.replaced."
+            "--force",
+            help="Replace what is in OUTPUT_DIR; what no export made, or was edited, stays in OUTPUT_DIR.replaced.",
         ),
     ] = False,
     link: Annotated[bool, typer.Option("--link/--copy", help="Hard-link the weights, or copy them.")] = False,
@@ -64,7 +65,8 @@ def export(
 
     The weights stay as they are and are never loaded: a 13B checkpoint needs no more memory than a small one. The
     folder loads with trust_remote_code=True wherever transformers is installed, without this package. Until it is
-    complete it is called OUTPUT_DIR.incomplete.
+    complete it is called OUTPUT_DIR.incomplete. Of SOURCE only files of known names are copied, and links out of it
+    are refused.
 
     \b
     Examples:
@@ -122,24 +124,47 @@ def push(
 @app.command()
 def verify(
     source: Annotated[str, typer.Argument(help="Hub folder with FSR, or a Hub id, org/name[@revision].")],
+    manifest_of: Annotated[
+        str | None,
+        typer.Option(help="Compare with the manifest of this folder or Hub id, in place of the one in SOURCE."),
+    ] = None,
+    run: Annotated[
+        bool,
+        typer.Option(
+            "--run", help="If nothing differs, run its code: pruned decoding against a loop, on a tiny twin."
+        ),
+    ] = False,
 ) -> None:
     """
     Check a Hub folder against its manifest of file hashes, and print what differs.
 
-    Nothing of it is run. Of a repository on the Hub the large files are not downloaded: the hashes that the server has
-    of them are compared. Exit code 1 if anything differs.
+    Nothing of it is run, but with --run. Its code has to be that of this version of fsr-hf, and nothing in it may send
+    a loader elsewhere. Of a repository on the Hub the weights are not downloaded: the hashes that the server has of
+    them are compared. Whoever can change the weights can also rewrite the manifest: a copy of it from elsewhere, or a
+    commit that somebody signed, tells. Exit code 1 if anything differs.
+
+    With --run, the code in SOURCE then builds a tiny model of its family with random weights and prunes prompts with
+    it: a check that it is right under the transformers that is installed, which may be newer than the folder.
+
+    \b
+    Example:
+      fsr-hf verify ./llava-1.5-7b-fsr --manifest-of org/llava-1.5-7b-fsr@v0.1.0
     """
+    from transformers import __version__ as transformers_version
+
     from .hub.verify import verify as verify_folder
 
     try:
-        differences = verify_folder(source)
+        differences = verify_folder(source, manifest_of=manifest_of, run=run)
     except _hub_errors() as error:
         _fail(error)
     for difference in differences:
-        typer.echo(difference)
+        typer.echo(_printable(difference))
     if differences:
         raise typer.Exit(1)
-    typer.echo(f"{source} is what its manifest says.")
+    typer.echo(f"{source} is what {'its manifest' if manifest_of is None else f'the manifest of {manifest_of}'} says.")
+    if run:
+        typer.echo(f"Its code prunes rightly under transformers {transformers_version}.")
 
 
 @app.command()
@@ -328,5 +353,10 @@ def _hub_errors() -> tuple[type[Exception], ...]:
 
 def _fail(error: Exception | str, code: int = 1) -> NoReturn:
     """Ends the command with the error in one line: exit code 2 for arguments that cannot be right, else 1."""
-    typer.echo(f"fsr-hf: {' '.join(str(error).split())}", err=True)
+    typer.echo(f"fsr-hf: {_printable(' '.join(str(error).split()))}", err=True)
     raise typer.Exit(code)
+
+
+def _printable(text: str) -> str:
+    """`text` with escapes for what is no letter: the name of a file may hold a new line, or codes for the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fsr_hf import bench, select_visual_tokens
 from fsr_hf.bench import Method, StageClock, measure, parse_budgets, parse_size, random_selection, run_bench
 from fsr_hf.cli import app
-from fsr_hf.modeling import clip_tower, fsr, pools
+from fsr_hf.modeling import clip_tower, fsr
 from fsr_hf.testing.small_families import SMALL_FAMILIES, export_small_model
 
 
@@ -64,6 +64,8 @@ def test_refuses_before_any_work(folders, tmp_path, monkeypatch):
     for arguments, code, expected in (
         ((llava, "--budgets", "0"), 2, "--budgets"),
         ((llava, "--image-size", "672"), 2, "--image-size"),
+        ((llava, "--image-size", "9999999x9999999"), 1, "--image-size 9999999x9999999 is too large"),
+        ((llava, "--num-frames", 9999999), 1, "fewer --num-frames"),
         ((llava, "--image", tmp_path / "none.png"), 2, "no file"),
         ((llava, "--image", words), 1, "not an image"),
         ((llava, "--json", tmp_path / "no" / "out.json"), 1, "no folder"),
@@ -175,7 +177,8 @@ def test_the_package_is_as_before_also_after_an_error(folders):
     model = AutoModel.from_pretrained(folders["fsr_llava"]).eval()
     ids = torch.tensor([[1, *[model.config.image_token_id] * 576, 5, 6]])
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 336, 336)}
-    before = [vars(owner).get(name) for owner in (pools, fsr, clip_tower) for name in vars(owner)]
+    before = [vars(owner).get(name) for owner in (fsr, clip_tower) for name in vars(owner)]
+    settings = model.config.fsr_config.to_dict()
 
     def fail(*args, **kwargs):
         raise ArithmeticError
@@ -184,10 +187,10 @@ def test_the_package_is_as_before_also_after_an_error(folders):
     with pytest.raises(ArithmeticError):
         measure(model, inputs, methods, repeats=1, progress=False)
     measure(model, inputs, methods[:2], repeats=1, progress=False)
-    assert before == [vars(owner).get(name) for owner in (pools, fsr, clip_tower) for name in vars(owner)]
-    assert pools.select_visual_tokens is select_visual_tokens
+    assert before == [vars(owner).get(name) for owner in (fsr, clip_tower) for name in vars(owner)]
+    assert model.config.fsr_config.to_dict() == settings and model.selector is select_visual_tokens
     for module in model.modules():
-        assert not {"forward", "_compress", "_saliency", "get_image_features", "encode_query"} & set(vars(module))
+        assert not {"forward", "selector", "compress", "get_image_features", "encode_query"} & set(vars(module))
 
 
 def test_what_a_selector_does_not_read_is_not_computed(folders, monkeypatch):

@@ -32,8 +32,9 @@ from fsr_hf import (
     FSRLlavaVideoForConditionalGeneration,
     FSRQwen2_5_VLForConditionalGeneration,
 )
-from fsr_hf.modeling.pools import select_from_pools
-from fsr_hf.modeling.prompt import lay_out
+from fsr_hf.modeling.guards import get_cache
+from fsr_hf.modeling.pools import select_from_items
+from fsr_hf.modeling.prompt import select_columns
 
 
 # openai/clip-vit-large-patch14-336
@@ -214,12 +215,22 @@ LLAVA_VIDEO = Published(
 # ---------------------------------------------------------------------- Qwen2.5-VL
 
 
+class HostTensor(torch.Tensor):
+    """Keeps its values when it is sent to the device of pixels that have none."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor
+
+    def to(self, *args, **kwargs):
+        return self
+
+
 def qwen_prompt(modality: str, *grid: int) -> Prompt:
     pixels, grids, token = {
         "image": ("pixel_values", "image_grid_thw", 151655),
         "video": ("pixel_values_videos", "video_grid_thw", 151656),
     }[modality]
-    inputs = {pixels: torch.empty(math.prod(grid), 3 * 2 * 14 * 14, device="meta"), grids: torch.tensor([grid])}
+    pixel_values = torch.empty(math.prod(grid), 3 * 2 * 14 * 14, device="meta")
+    inputs = {pixels: pixel_values, grids: torch.tensor([grid]).as_subclass(HostTensor)}
     candidates = math.prod(grid) // 4
     return Prompt(inputs, [token] * candidates, candidates, candidates // 2)
 
@@ -308,7 +319,7 @@ def test_parameters_are_those_of_the_stock_class_and_the_text_tower(published):
             clip = CLIPModel(CLIPConfig(text_config=CLIP_TEXT, vision_config=CLIP_VISION, projection_dim=768))
         text_side = ("text_model.", "text_projection.", "visual_projection.")
         expected |= {
-            f"text_encoder.{name}": shape for name, shape in shapes(clip).items() if name.startswith(text_side)
+            f"model.text_encoder.{name}": shape for name, shape in shapes(clip).items() if name.startswith(text_side)
         }
     assert shapes(build(published.name)) == expected
 
@@ -319,28 +330,34 @@ def test_shapes_of_a_compressed_prompt(published, name):
     model, prompt = build(published.name), published.prompts[name]()
     fsr, hidden_size = model.config.fsr_config, model.config.get_text_config().hidden_size
     ids = torch.tensor([[1, 2, *prompt.run, 3, 4, 5]])
-    items = model.find_items(ids, **prompt.inputs)
-    assert [(item.start, item.length) for item in items] == [(2, len(prompt.run))]
-    assert model.num_candidates(items, **prompt.inputs) == [prompt.candidates]
+    inner = model.model
+    items = inner.place_items(ids, inner.build_items(**prompt.inputs))
+    (item,) = items
+    assert item.row == 0 and item.columns.tolist() == list(range(2, 2 + len(prompt.run)))
+    assert item.num_candidates == prompt.candidates
     budget = fsr.budget(prompt.candidates)
     assert budget == prompt.kept < prompt.candidates
 
     query = None
     if published.has_text_encoder:
         chunks = torch.zeros(1, 2 * 77, dtype=torch.long, device="meta")
-        query = model.text_encoder.encode_query(chunks, torch.ones_like(chunks))
+        query = inner.text_encoder.encode_query(chunks, torch.ones_like(chunks))
         assert query.shape == (1, CLIP_TEXT["projection_dim"])
-    pools = model.encode_visuals(items, query, **prompt.inputs)
-    assert sum(pools.sizes) == prompt.candidates
-    assert pools.features.shape[-1] == hidden_size and len(pools.runs[0]) == len(prompt.run)
-    assert (pools.relevance is None) == (query is None)
-    indices, features, kept, selections = select_from_pools(pools, items, [budget], [True], fsr, True)
-    assert kept == [budget] and indices.shape == (budget,) and features.shape == (budget, hidden_size)
-    assert selections[0].features.shape == features.shape and selections[0].grid.shape == (len(prompt.run), 3)
+    tokens, outputs = inner.encode_items(items, query, **prompt.inputs)
+    assert [run.shape for run in tokens.features] == [(len(prompt.run), hidden_size)]
+    assert tokens.saliency.shape == (len(prompt.run),) and (tokens.relevance is None) == (query is None)
+    kept = select_from_items(tokens, items, [budget], fsr, model.selector, True)
+    assert kept.counts == [budget] and kept.indices.shape == (budget,)
+    assert kept.features.shape == (budget, hidden_size)
+    (selection,) = kept.selections
+    assert selection.features.shape == kept.features.shape and selection.grid.shape == (len(prompt.run), 3)
+    ((modality, output),) = outputs.items()
+    handed_over = inner.make_output(modality, [kept.features], output).pooler_output
+    assert sum(part.shape[:-1].numel() for part in handed_over) == budget
 
-    layout = lay_out(torch.ones_like(ids), items, kept, torch.arange(budget))
-    embeds = layout.embeds(model.get_input_embeddings()(layout.gather(ids).to("meta")), features)
-    assert embeds.shape == (1, 5 + budget, hidden_size)
-    outputs = model.model.language_model(inputs_embeds=embeds, use_cache=True)  # the mask would be looked at
-    assert outputs.last_hidden_state.shape == embeds.shape
-    assert outputs.past_key_values.get_seq_length() == 5 + budget
+    columns = select_columns(torch.ones_like(ids), items, kept.counts, torch.arange(budget), [0])
+    assert columns.shape == (1, 5 + budget)
+    embeds = model.get_input_embeddings()(ids.gather(1, columns).to("meta"))
+    outputs = inner.language_model(inputs_embeds=embeds, use_cache=True)  # the mask would be looked at
+    assert outputs.last_hidden_state.shape == (1, 5 + budget, hidden_size)
+    assert get_cache(outputs).get_seq_length() == 5 + budget

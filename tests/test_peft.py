@@ -116,7 +116,7 @@ def test_lora_everywhere_leaves_the_text_tower_alone(family):
     if not family.has_text_encoder:
         pytest.skip("no text encoder")
     questions = [family.query([3, 4])[name] for name in ("query_input_ids", "query_attention_mask")]
-    before = model.text_encoder.encode_query(*questions)
+    before = model.model.text_encoder.encode_query(*questions)
     adapted = get_peft_model(model, lora(EVERYWHERE, init_lora_weights=True))
     factors = {name for name, _ in adapted.named_parameters() if ".lora_" in name}
     hit = {name for name in factors if in_text_encoder(name)}
@@ -128,7 +128,7 @@ def test_lora_everywhere_leaves_the_text_tower_alone(family):
     assert not any(in_text_encoder(name) for name in names)
     assert not any(p.requires_grad for name, p in adapted.named_parameters() if in_text_encoder(name))
     assert all(torch.equal(dict(adapted.named_parameters())[name], value) for name, value in start.items())
-    assert torch.equal(model.text_encoder.encode_query(*questions), before)
+    assert torch.equal(model.model.text_encoder.encode_query(*questions), before)
     # One block of the tower and what comes after it do not count, as in the stock class.
     assert any("vision_tower" in name for name in names)
     assert any("language_model" in name for name in names)

@@ -1,16 +1,21 @@
 """Training with pruning on: gradients, checkpointing, mixed precision, Trainer, distributed data parallel."""
 
 import copy
+from bisect import bisect_right
+from dataclasses import replace
 from inspect import signature
 
 import pytest
 import torch
 from families import FAMILIES, Item, models
-from torch.nn.functional import cross_entropy, log_softmax
+from oracle import Oracle
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING
+
+from fsr_hf.modeling.guards import get_cache
 
 
 IGNORED = -100
@@ -30,13 +35,17 @@ def seed():
 # ---------------------------------------------------------------------- batches
 
 
+def default_answers(rows):
+    return [[40 + row, 41, 42, 43][: 4 - row % 2] for row in range(len(rows))]
+
+
 def batch_with_answers(family, answers=None, padding_side="right", rows=None):
     """
     The rows of the family, each followed by an answer, with labels on the answers alone. The question of a row is the
     one that it has without its answer.
     """
     rows = family.rows() if rows is None else rows
-    answers = [[40 + row, 41, 42, 43][: 4 - row % 2] for row in range(len(rows))] if answers is None else answers
+    answers = default_answers(rows) if answers is None else answers
     whole = [[*row, *answer] for row, answer in zip(rows, answers)]
     batch = family.inputs(whole, padding_side)
     questions = family.inputs(rows)
@@ -49,7 +58,7 @@ def batch_with_answers(family, answers=None, padding_side="right", rows=None):
 
 
 def without_text_encoder(names):
-    return {name for name in names if not name.startswith("text_encoder.")}
+    return {name for name in names if "text_encoder." not in name}
 
 
 def gradients(model):
@@ -87,8 +96,7 @@ def test_loss_falls_and_the_text_tower_never_trains(family, source, tmp_path):
         model = loaded(model, tmp_path)
     model.requires_grad_(True)
     model.train()
-    assert not any(p.requires_grad for name, p in model.named_parameters() if name.startswith("text_encoder."))
-    assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("text_encoder."))
+    assert all(p.requires_grad == ("text_encoder." not in name) for name, p in model.named_parameters())
     before = copy.deepcopy(model.state_dict())
     batch = batch_with_answers(family)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
@@ -105,33 +113,34 @@ def test_loss_falls_and_the_text_tower_never_trains(family, source, tmp_path):
     for part in ("language_model", "multi_modal_projector", "vision_tower"):
         assert any(part in name for name in changed) == any(part in name for name in before)
     if family.has_text_encoder:
-        assert not model.text_encoder.training
-        assert all(not module.training for module in model.text_encoder.modules())
+        assert not any(module.training for module in model.model.text_encoder.modules())
 
 
 def test_the_text_tower_stays_frozen_whatever_is_asked(family, tmp_path):
     if not family.has_text_encoder:
         pytest.skip("no text encoder")
     model = loaded(family.build(), tmp_path)
+    text_encoder = model.model.text_encoder
     for act in (
         lambda: None,
         lambda: model.train(),
         lambda: model.requires_grad_(True),
-        lambda: model.text_encoder.requires_grad_(True),
-        lambda: model.text_encoder.train(),
+        lambda: model.model.requires_grad_(True),
+        lambda: text_encoder.requires_grad_(True),
+        lambda: text_encoder.train(),
         lambda: model.eval(),
         lambda: model.float(),
     ):
         act()
-        assert not any(p.requires_grad for p in model.text_encoder.parameters())
-        assert not any(module.training for module in model.text_encoder.modules())
+        assert not any(p.requires_grad for p in text_encoder.parameters())
+        assert not any(module.training for module in text_encoder.modules())
     # Even where someone sets the flags one by one, nothing flows.
     for parameter in model.parameters():
         parameter.requires_grad = True
     _, grads = backward(model, batch_with_answers(family))
     assert grads and without_text_encoder(grads) == grads.keys()
     model.train()
-    assert not any(p.requires_grad for p in model.text_encoder.parameters())
+    assert not any(p.requires_grad for p in text_encoder.parameters())
 
 
 def test_every_parameter_that_trains_in_the_stock_class_trains(family):
@@ -250,29 +259,49 @@ def label_everything(batch):
     return {**batch, "labels": labels}
 
 
-def negative_log_likelihood(model, batch):
+def step_by_step(family, rows, answers):
     """
-    Sum and number of the losses of one batch, from the logits: kept positions are those whose logits are not zero,
-    each predicts the next one that is kept, and placeholders are no targets.
+    What the stock model says of the compressed rows: a function of the number of a row and a column of its unpadded
+    ids to log-probabilities `(vocab_size,)` of the next token, from a run of what is kept up to this column.
     """
-    with torch.no_grad():
-        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    model, reference = models(family.name)
+    oracle = Oracle(family, model, reference)
+    prompts = []
+    for row, answer in zip(rows, answers):
+        question = oracle.question(row)
+        prompts.append(oracle.compress([*row, *answer], questions=[question] * len(row)))
+
+    def log_probs(row, column):
+        prompt, number = prompts[row], bisect_right(prompts[row].columns, column)
+        prefix = replace(prompt, embeds=prompt.embeds[:number], positions=prompt.positions[..., :number])
+        return oracle.logits(prefix)[-1].log_softmax(-1)
+
+    return log_probs, prompts
+
+
+def unpadded(batch, name):
+    """The rows of a tensor of the batch, without padding."""
+    return [values[mask.bool()].tolist() for values, mask in zip(batch[name], batch["attention_mask"])]
+
+
+def negative_log_likelihood(family, batch, log_probs):
+    """Sum and number of the losses of one batch: placeholders are no targets."""
     total, count = 0.0, 0
-    placeholders = torch.tensor(model.placeholder_ids())
-    for row in range(len(logits)):
-        kept = (logits[row] != 0).any(-1) & batch["attention_mask"][row].bool()
-        targets = batch["labels"][row].masked_fill(torch.isin(batch["input_ids"][row], placeholders), IGNORED)[kept]
-        counts = targets[1:] != IGNORED
-        total += float(cross_entropy(logits[row][kept][:-1][counts], targets[1:][counts], reduction="sum"))
-        count += int(counts.sum())
+    for row, (ids, labels) in enumerate(zip(unpadded(batch, "input_ids"), unpadded(batch, "labels"))):
+        for column, (token, label) in enumerate(zip(ids, labels)):
+            if label != IGNORED and token not in family.placeholder_ids:
+                total -= float(log_probs(row, column - 1)[label])
+                count += 1
     return total, count
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_num_items_in_batch(family, padding_side):
     model, _ = models(family.name)
+    rows = family.rows()
     answers = batch_with_answers(family, padding_side=padding_side)
-    total, count = negative_log_likelihood(model, answers)
+    log_probs, _ = step_by_step(family, rows, default_answers(rows))
+    total, count = negative_log_likelihood(family, answers, log_probs)
     assert count == int(answers["labels"].ne(IGNORED).sum())
     with torch.no_grad():
         assert float(model(**answers).loss) == pytest.approx(total / count, rel=1e-4)
@@ -282,7 +311,7 @@ def test_num_items_in_batch(family, padding_side):
             assert float(loss) == pytest.approx(total / (2 * count), rel=1e-4)
 
     everything = label_everything(answers)
-    total, count = negative_log_likelihood(model, everything)
+    total, count = negative_log_likelihood(family, everything, log_probs)
     # As Trainer counts: shifted labels, placeholders among them.
     counted = everything["labels"][:, 1:].ne(IGNORED).sum()
     assert counted > count
@@ -378,7 +407,7 @@ def test_trainer(family, tmp_path):
     assert batch.keys() <= signature(model.forward).parameters.keys()
     assert any(name in seen for name in QUERY) == family.has_text_encoder
     for name, value in model.state_dict().items():
-        if name.startswith("text_encoder."):
+        if "text_encoder." in name:
             assert torch.equal(value, before[name])
 
     trainer.save_model(tmp_path / "saved")
@@ -409,20 +438,54 @@ def test_gradient_accumulation_is_one_large_batch(family, tmp_path):
     assert_close(updates[1], updates[0])
 
 
-def test_label_smoothing(family, tmp_path):
+def smoothed_loss(log_probs, labels):
+    """Cross entropy of the labels, a tenth of whose mass is spread over the vocabulary."""
+    terms = [0.9 * float(values[label]) + 0.1 * float(values.mean()) for values, label in zip(log_probs, labels)]
+    return -sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("is_shifted", [False, True])
+def test_label_smoothing(family, is_shifted, tmp_path):
+    """
+    Trainer takes the labels away, and reads logits at the caller's positions. It shifts labels only for classes that
+    it knows as causal language models, which no class for images is: there the script does it.
+    """
     model = family.build()
-    batch = batch_with_answers(family)
-    size = len(batch["labels"])
-    trainer = make_trainer(model, family, tmp_path, label_smoothing_factor=0.1, per_device_train_batch_size=size)
-    labels = batch["labels"]
-    with torch.no_grad():
-        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-    # Trainer shifts labels for classes that it knows as causal language models alone.
-    log_probs = log_softmax(logits, -1)[labels != IGNORED]
-    likely = log_probs.gather(1, labels[labels != IGNORED][:, None]).mean()
-    expected = -0.9 * likely - 0.1 * log_probs.mean()
+    rows = family.rows()
+    log_probs, prompts = step_by_step(family, rows, default_answers(rows))
+    labels = unpadded(label_everything(batch_with_answers(family)), "labels")
+    if is_shifted:
+        labels = [[*row[1:], IGNORED] for row in labels]
+    for row in labels:
+        row[0] = IGNORED  # Trainer does not count it
+    places = [
+        (row, at, label) for row in range(len(labels)) for at, label in enumerate(labels[row]) if label != IGNORED
+    ]
+    # Some are read where a token was dropped, and some of these right after an image or a video.
+    dropped = {(row, column) for row, column, _ in places if column not in prompts[row].columns}
+    assert any(prompts[row].ids[column + 1] not in family.placeholder_ids for row, column in dropped)
+    expected = smoothed_loss([log_probs(row, column) for row, column, _ in places], [label for *_, label in places])
+
+    dataset = as_dataset(family)
+    for example, row in zip(dataset, labels):
+        example["labels"] = torch.tensor(row)
+    size = len(dataset)
+    trainer = make_trainer(
+        model, family, tmp_path, train=dataset, label_smoothing_factor=0.1, per_device_train_batch_size=size
+    )
     trainer.train()
-    assert logged_losses(trainer)[0] == pytest.approx(float(expected), rel=1e-3)
+    assert logged_losses(trainer)[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_all_but_logits_is_named_as_no_prediction(family):
+    """What Trainer gathers is what `keys_to_ignore_at_inference` does not name."""
+    model, _ = models(family.name)
+    batch = batch_with_answers(family)
+    for options in ({}, {"fsr_enabled": False}):
+        with torch.no_grad():
+            outputs = model(**batch, **options)
+        assert get_cache(outputs) is not None
+        assert outputs.keys() - set(model.config.keys_to_ignore_at_inference) == {"loss", "logits"}
 
 
 def test_evaluation(family, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from transformers import CLIPTextConfig, PreTrainedConfig, __version__
@@ -42,6 +43,8 @@ _RULES = {
 }
 # Fields of older configs, and what is in their place.
 _REMOVED = {"newline": "newline tokens of a pruned image or video are always dropped, as its default did"}
+# Fields of the text tower, less those that every config has: what `to_dict` writes of it.
+_TEXT_FIELDS = {field.name for field in fields(CLIPTextConfig)} - {field.name for field in fields(PreTrainedConfig)}
 _BUDGETS = ("num_visual_tokens", "retention_ratio")
 _BOTH_BUDGETS = (
     "`num_visual_tokens={}` and `retention_ratio={}` are both set, but a budget is either a number of tokens or a "
@@ -58,6 +61,20 @@ def check_fsr_value(name: str, value: Any) -> None:
     is_allowed, allowed = _RULES[name]
     if not is_allowed(value):
         raise ValueError(f"`{name}={value!r}` is not allowed: `{name}` must be {allowed}.")
+
+
+def _make_text_config(values: dict[str, Any]) -> CLIPTextConfig:
+    """
+    Raises:
+        `ValueError`: for a key that [`CLIPTextConfig`] would keep and never read.
+    """
+    known = {*CLIPTextConfig().to_dict(), "_commit_hash", "attn_implementation", "name_or_path", "torch_dtype"}
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(
+            f"`text_encoder_config` has no field {', '.join(f'`{name}={values[name]!r}`' for name in unknown)}. Its "
+            f"fields are those of CLIPTextConfig: {', '.join(sorted(_TEXT_FIELDS))}."
+        )
+    return CLIPTextConfig(**values)
 
 
 class FSRConfig(PreTrainedConfig):
@@ -140,7 +157,7 @@ class FSRConfig(PreTrainedConfig):
         elif self._is_built and not name.startswith("_") and not hasattr(self, name):
             raise ValueError(f"FSRConfig has no field `{name}={value!r}`. Its fields are {', '.join(_RULES)}.")
         if name == "text_encoder_config" and isinstance(value, dict):
-            value = CLIPTextConfig(**value)
+            value = _make_text_config(value)
         super().__setattr__(name, value)
         # Once built, naming one budget clears the other; before that, both are compared in `__post_init__`.
         if name in _BUDGETS and self._is_built:
@@ -197,16 +214,34 @@ class FSRConfig(PreTrainedConfig):
             config.enabled = enabled
         return config
 
+    def update(self, config_dict: dict[str, Any]) -> None:
+        """As the stock method; both budgets at once are an error."""
+        if all(config_dict.get(name) is not None for name in _BUDGETS):
+            raise ValueError(_BOTH_BUDGETS.format(*(config_dict[name] for name in _BUDGETS)))
+        super().update(config_dict)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields of FSR and none that every config has; a parent's `to_dict` takes out `transformers_version`."""
         fields = {name: getattr(self, name) for name in _RULES}
         if self.text_encoder_config is not None:
-            fields["text_encoder_config"] = self.text_encoder_config.to_dict()
-            fields["text_encoder_config"].pop("transformers_version", None)
+            text_fields = self.text_encoder_config.to_dict()
+            fields["text_encoder_config"] = {
+                name: value for name, value in text_fields.items() if name in _TEXT_FIELDS or name == "model_type"
+            }
         return {"model_type": self.model_type, "transformers_version": __version__, **fields}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
+
+
+def _refuse_outside(cls: type, values: dict[str, Any]) -> None:
+    """Refuse fields of [`FSRConfig`] that are given to the model's config, which would keep and never read them."""
+    if values:
+        names = ", ".join(f"`{name}={value!r}`" for name, value in values.items())
+        raise ValueError(
+            f"{cls.__name__} has no field {names}: it belongs into `fsr_config`, as in "
+            f"`fsr_config={values!r}` or `config.fsr_config.{next(iter(values))} = ...`."
+        )
 
 
 class FSRConfigMixin:
@@ -231,6 +266,8 @@ class FSRConfigMixin:
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "fsr_config":
             value = self._complete_fsr_config(value)
+        elif name in _RULES:
+            _refuse_outside(type(self), {name: value})
         elif name == "model_type":  # of a stock config that this one is made from
             value = type(self).model_type
         super().__setattr__(name, value)
@@ -263,6 +300,7 @@ class FSRConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        _refuse_outside(cls, {name: value for name, value in kwargs.items() if name in _RULES})
         # The stock merge would leave the stored budget beside the new one.
         fsr_config = kwargs.pop("fsr_config", None)
         result = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]

@@ -54,7 +54,7 @@ def generate(model, inputs, **options) -> tuple[Any, dict[str, Any]]:
     start = time.perf_counter()
     outputs = model.generate(**inputs, do_sample=False, return_dict_in_generate=True, streamer=clock, **options)
     times = clock.times[1:]
-    cache = outputs.past_key_values
+    cache: Any = outputs.get("cache", outputs.get("past_key_values"))  # transformers 5.24 renamed it
     cached = cache.get_seq_length()
     length = cached - (len(times) - 1)  # the last token has been chosen, not cached
     cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) * length // cached

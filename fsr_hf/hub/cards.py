@@ -16,10 +16,13 @@ from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from packaging.requirements import Requirement
 
 from ..package_data import data_folder
 from ..version import __version__
+from .files import find_file
 
 
 __all__ = [
@@ -227,14 +230,29 @@ def read_base(source: str | os.PathLike, folder: Path) -> tuple[str | None, dict
     """
     metadata: dict[str, Any] = {}
     if (folder / "README.md").is_file():
-        with suppress(ValueError, yaml.YAMLError):  # a card that cannot be read is none
-            metadata = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
-    if "focus-scan-refine" in metadata.get("tags", []):
-        return metadata.get("base_model"), metadata
+        file = find_file(folder, "README.md")
+        with suppress(AttributeError, TypeError, ValueError, yaml.YAMLError):  # a card that cannot be read is none
+            card = ModelCard.load(file, ignore_metadata_errors=True)
+            metadata = {key: value for key, value in card.data.to_dict().items() if _is_text(value)}
+    if "focus-scan-refine" in metadata.get("tags", ()):
+        base = metadata.get("base_model")
+        return (base if isinstance(base, str) and _is_id(base) else None), metadata
     in_cache = re.search(r"models--([^/]+)--([^/]+)/snapshots/[^/]+$", folder.resolve().as_posix())
     if not os.path.isdir(source):
         return str(source).partition("@")[0], metadata
     return (f"{in_cache[1]}/{in_cache[2]}" if in_cache else None), metadata
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+def _is_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def address_card(folder: str | os.PathLike, repo_id: str, revision: str) -> None:

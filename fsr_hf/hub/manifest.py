@@ -3,19 +3,33 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 from ..version import __version__
+from .files import is_known, read_json
 
 
-__all__ = ["MANIFEST", "Fingerprint", "compare_manifest", "folder_files", "read_manifest", "write_manifest"]
+__all__ = [
+    "CARD",
+    "MANIFEST",
+    "Fingerprint",
+    "Manifest",
+    "compare_manifest",
+    "folder_files",
+    "read_manifest",
+    "write_manifest",
+]
 
 MANIFEST = "fsr_manifest.json"
-_CARD = "README.md"  # people edit it on the Hub, and nothing loads it
-# What may not be there unlisted: loading it, or loading in the presence of it, runs code.
-_RUNS_CODE = (".py", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".so", ".pyc")
+CARD = "README.md"
+# What may be there unlisted: texts and pictures for people, which no loader looks for. Anything else may be loaded.
+_FOR_PEOPLE = (
+    *("*.md", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt"),
+    *("*.gif", "*.jpeg", "*.jpg", "*.mp4", "*.png", "*.svg", "*.webp"),
+)
 
 
 class Fingerprint(NamedTuple):
@@ -33,19 +47,43 @@ class Fingerprint(NamedTuple):
         return cls(file.stat().st_size, digest.hexdigest())
 
 
+class Manifest(NamedTuple):
+    """
+    What a manifest says.
+
+    Args:
+        version (`str`): Of the package that wrote it.
+        files (`Mapping[str, Fingerprint]`): What each file should hold.
+    """
+
+    version: str
+    files: Mapping[str, Fingerprint]
+
+    @property
+    def lists_code_alone(self) -> bool:
+        """Whether `save_pretrained` wrote it, which does not know what else will be in the folder."""
+        return all(name.endswith(".py") for name in self.files)
+
+
 def folder_files(folder: Path) -> list[str]:
-    """The files of a Hub folder as paths within it: all but its card, its manifest, and what git and caches keep."""
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    """
+    The files of a Hub folder as paths within it, and links to folders: all but the manifest, and what git and caches
+    keep.
+    """
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(
         path.as_posix()
         for path in paths
         if not any(part.startswith(".") or part == "__pycache__" for part in path.parts)
-        and path.as_posix() not in (MANIFEST, _CARD)
+        and path.as_posix() != MANIFEST
     )
 
 
 def write_manifest(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
-    """Writes the manifest of the files `names` in `folder`, by default of all of them."""
+    """
+    Writes the manifest of the files `names` in `folder`, by default of all of them. The card is listed, so that
+    `export(..., force=True)` knows whether somebody edited it; it is not compared, since people edit cards on the Hub.
+    """
     folder = Path(folder)
     names = folder_files(folder) if names is None else sorted(names)
     files = {name: Fingerprint.of(folder / name)._asdict() for name in names}
@@ -53,9 +91,9 @@ def write_manifest(folder: str | os.PathLike, names: Iterable[str] | None = None
     (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_manifest(folder: Path) -> tuple[str, dict[str, Fingerprint]]:
+def read_manifest(folder: Path) -> Manifest:
     """
-    The version of the package that wrote the manifest in `folder`, and the files that it lists.
+    The manifest in `folder`.
 
     Raises:
         `ValueError`: if there is none, or it is not one.
@@ -64,30 +102,38 @@ def read_manifest(folder: Path) -> tuple[str, dict[str, Fingerprint]]:
     if not file.is_file():
         raise ValueError(f"{MANIFEST} is missing: not a folder of fsr-hf, or saved without the package")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         files = {name: Fingerprint(int(e["size"]), str(e["sha256"])) for name, e in content["files"].items()}
-        return str(content["fsr_hf"]), files
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return Manifest(str(content["fsr_hf"]), files)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{MANIFEST} cannot be read: {error!r}") from error
 
 
-def compare_manifest(folder: Path, elsewhere: dict[str, Fingerprint] | None = None) -> list[str]:
+def compare_manifest(
+    folder: Path,
+    manifest: Manifest,
+    elsewhere: Mapping[str, Fingerprint] | None = None,
+    *,
+    allow_code_alone: bool = False,
+) -> list[str]:
     """
-    How `folder` differs from its manifest, a line for each file.
+    How `folder` differs from a manifest, a line for each file: what is listed and is not there or holds something
+    else, and what is there and not listed, unless it is for people.
 
     Args:
         folder (`Path`): The folder.
-        elsewhere (`dict[str, Fingerprint]`, *optional*): What a server says of files that are not in `folder`.
-
-    Raises:
-        `ValueError`: if there is no manifest.
+        manifest ([`Manifest`]): What it should hold.
+        elsewhere (`Mapping[str, Fingerprint]`, *optional*): What a server says of files that are not in `folder`.
+        allow_code_alone (`bool`, *optional*, defaults to `False`):
+            Whether a manifest that lists the code alone is enough for weights and settings, under their known names.
     """
-    _, listed = read_manifest(folder)
     elsewhere = elsewhere or {}
-    present = {*folder_files(folder), *elsewhere}
+    present = {*folder_files(folder), *elsewhere} - {CARD}
     differences = []
-    for name, wanted in sorted(listed.items()):
-        if name not in present:
+    for name, wanted in sorted(manifest.files.items()):
+        if name == CARD:
+            continue
+        if name not in present or not (name in elsewhere or (folder / name).is_file()):
             differences.append(f"{name} is missing")
             continue
         size = elsewhere[name].size if name in elsewhere else (folder / name).stat().st_size
@@ -95,7 +141,21 @@ def compare_manifest(folder: Path, elsewhere: dict[str, Fingerprint] | None = No
             differences.append(f"{name} has {size} bytes, not {wanted.size}")
         elif (elsewhere[name] if name in elsewhere else Fingerprint.of(folder / name)) != wanted:
             differences.append(f"{name} has other contents")
-    for name in sorted(present - listed.keys()):
-        if name.endswith(_RUNS_CODE):
-            differences.append(f"{name} is not in the manifest")
-    return differences
+    unlisted = sorted(
+        name
+        for name in present - manifest.files.keys()
+        if not any(fnmatchcase(name, pattern) for pattern in _FOR_PEOPLE)
+    )
+    if manifest.lists_code_alone:
+        expected = [name for name in unlisted if name == "config.json" or _is_weights(name) or is_known(name)]
+        unlisted = sorted({*unlisted} - {*expected})
+        if expected and not allow_code_alone:
+            differences.append(
+                f"{MANIFEST} lists the code alone, as `save_pretrained` leaves it, and nothing tells what the other "
+                f"files should hold: {', '.join(expected)}. `fsr-hf push` lists them all"
+            )
+    return [*differences, *(f"{name} is not in the manifest" for name in unlisted)]
+
+
+def _is_weights(name: str) -> bool:
+    return "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))

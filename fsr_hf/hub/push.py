@@ -8,8 +8,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 
 from .cards import address_card
-from .manifest import write_manifest
-from .verify import check_loads, verify
+from .files import find_file
+from .manifest import folder_files, write_manifest
+from .verify import check_folder, check_loads
 
 
 __all__ = ["Pushed", "push"]
@@ -62,13 +63,17 @@ def push(
             The commit message.
 
     Raises:
-        `ValueError`: if `folder` is no Hub folder of FSR or differs from its manifest, if it would not load, or lacks
-            a licence that has to go along, or if the tag exists. Nothing is uploaded then.
+        `ValueError`: if `folder` is no Hub folder of FSR or differs from its manifest (one of the code alone, as
+            `save_pretrained` writes it, is enough), if a file in it is a link out of it, if it would not load, or
+            lacks a licence that has to go along, or if the tag exists. Nothing is uploaded then.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"`folder` {folder} is no folder.")
-    if faults := verify(folder) or check_loads(folder):
+    for name in folder_files(folder):
+        if not find_file(folder, name).is_file():
+            raise ValueError(f"{folder} is not uploaded: {name} is no file. Remove it.")
+    if faults := check_folder(folder, allow_code_alone=True) or check_loads(folder):
         raise ValueError(f"{folder} is not uploaded: {'; '.join(faults)}.")
     if (folder / "NOTICE").is_file() and not list(folder.glob("LICENSE*")):
         raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from .verify import read_json
+from .files import read_json
 
 
 __all__ = ["check_run"]

@@ -1,14 +1,10 @@
 """From pixels to a compressed prompt: what the inner model of every family does before its language model runs."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
-from functools import wraps
 from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
@@ -24,50 +20,26 @@ from .guards import (
     count_placed,
     get_cache,
     is_unpruned,
-    name_cache,
     warn_if_untested,
 )
 from .pools import VisualTokens, select_from_items
-from .prompt import CompressedPrompt, VisualItem, carry_states, place_items, select_columns
+from .prompt import (
+    CompressedPrompt,
+    VisualItem,
+    carry_states,
+    check_no_placeholders,
+    compact_positions,
+    place_items,
+    select_columns,
+)
+from .relevance import TextEncoderMixin
+from .signatures import FSR_ARGUMENTS, adopt_signature, check_arguments
 
 
-__all__ = [
-    "FSR_ARGUMENTS",
-    "FSRModelMixin",
-    "KeptVisualOutput",
-    "TextEncoderMixin",
-    "adopt_signature",
-    "check_no_placeholders",
-    "check_prompt",
-    "compact_positions",
-    "infer_attention_mask",
-]
+__all__ = ["FSRModelMixin", "KeptVisualOutput", "check_prompt"]
 
 logger = logging.get_logger(__name__)
 
-# What calls of the models take beside the arguments of the stock classes.
-FSR_ARGUMENTS = {
-    "query_input_ids": "torch.LongTensor | None",
-    "query_attention_mask": "torch.LongTensor | None",
-    "num_visual_tokens": "int | None",
-    "retention_ratio": "float | None",
-    "fsr_enabled": "bool | None",
-}
-_FSR_DOCS = """
-        query_input_ids (`torch.LongTensor` of shape `(batch, chunks * 77)`, *optional*):
-            The question in ids of CLIP's tokenizer, made by the model's processor.
-        query_attention_mask (`torch.LongTensor` of shape `(batch, chunks * 77)`, *optional*):
-            Its mask. Chunks whose mask is 0 are skipped.
-        num_visual_tokens (`int`, *optional*):
-            Budget of each image or video for this call, in place of the config's.
-        retention_ratio (`float`, *optional*):
-            The same as a share of its tokens. Not both.
-        fsr_enabled (`bool`, *optional*):
-            Whether to prune in this call, in place of the config's `enabled`.
-"""
-# Fields of the config that a call cannot change, and names near to those that it can.
-_NO_ARGUMENTS = ("alpha", "beta", "rho", "focus_limit", "kappa", "focus_mass", "relevance", "invert_relevance", "pool")
-_NEAR = {"retention": "retention_ratio", "budget": "num_visual_tokens", "enabled": "fsr_enabled"}
 # What refers to the columns of the whole prompt, or stands in place of them.
 REFUSED_WITH_PIXELS = (
     *("inputs_embeds", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "shift_labels"),
@@ -84,75 +56,6 @@ class KeptVisualOutput(BaseModelOutputWithPooling):
 
     # Told by name: config, model and assistant may come from two copies of this module.
     is_fsr_kept: ClassVar[bool] = True
-
-
-def adopt_signature(cls: type, name: str, intro: str, own: dict[str, str], docs: str = "") -> None:
-    """
-    Give `cls` its own copy of the mixin's method `name`, with the signature of the stock class: what reads
-    signatures (Trainer's choice of columns, the checks of `generate`, `help`) finds the stock arguments and FSR's.
-
-    Args:
-        cls (`type`):
-            A family's class. Nothing happens where no stock class stands behind the mixin.
-        name (`str`):
-            The method.
-        intro (`str`):
-            First paragraph of its docstring.
-        own (`dict[str, str]`):
-            Arguments that the stock method has not, and their types.
-        docs (`str`, *optional*):
-            Docstring of those that are not FSR's common ones.
-    """
-    method = getattr(cls, name)
-    stock_class = next((c for c in cls.__mro__ if c.__module__.startswith("transformers.") and name in vars(c)), None)
-    if stock_class is None:
-        return
-    stock = inspect.signature(getattr(stock_class, name))
-    names = [p.name for p in stock.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
-
-    @wraps(method)
-    def wrapper(self, *args, **kwargs):
-        if len(args) > len(names):
-            raise TypeError(f"{cls.__name__}.{name}() takes {len(names)} positional arguments, but got {len(args)}.")
-        return method(self, **dict(zip(names, args)), **name_cache(kwargs))
-
-    *parameters, var_keyword = stock.parameters.values()
-    parameters += [
-        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        for key, kind in own.items()
-        if key not in stock.parameters
-    ]
-    wrapper.__signature__ = stock.replace(parameters=[*parameters, var_keyword])  # type: ignore[attr-defined]
-    rest = f"All other arguments are those of [`{stock_class.__name__}.{name}`]."
-    wrapper.__doc__ = f"{intro}\n\n    Args:{_FSR_DOCS}{docs}\n    {rest}"
-    wrapper.__qualname__ = f"{cls.__name__}.{name}"
-    setattr(cls, name, wrapper)
-
-
-class TextEncoderMixin(PreTrainedModel):
-    """What inner and outer model do for the CLIP text tower: it never loads at random, and never trains."""
-
-    @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As the stock method; a checkpoint without the weights of the text tower that its config names is refused."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        lost = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-        lost = [key for key in lost if "text_encoder." in key]
-        if lost:
-            raise ValueError(
-                f"The checkpoint lacks {len(lost)} weights of the CLIP text encoder that "
-                f"`fsr_config.text_encoder_config` describes, or has them in another shape ({lost[0]}, ...): "
-                "relevance would be random. Export it with `text_encoder=`, or load with "
-                '`fsr_config={"text_encoder_config": None}`.'
-            )
-        return (model, info) if output_loading_info else model
-
-    def requires_grad_(self, requires_grad: bool = True):
-        super().requires_grad_(requires_grad)
-        text_encoder = getattr(self.base_model, "text_encoder", None)
-        if text_encoder is not None:
-            text_encoder.requires_grad_(False)
-        return self
 
 
 class FSRModelMixin(TextEncoderMixin):
@@ -565,56 +468,6 @@ class FSRModelMixin(TextEncoderMixin):
             outputs = self._forward_stock(**inputs)
         check_outputs(counter.placed, num_features, cached, inputs["input_ids"].shape[1], outputs)
         return outputs
-
-
-def compact_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions that count what the mask lets through: `(batch, length)`."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def infer_attention_mask(input_ids: torch.Tensor, pad_token_id: int | None, eos_token_id: Any) -> torch.Tensor:
-    """The mask that transformers would infer: from padding, if the prompt has any and it is not EOS."""
-    eos = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-    if pad_token_id is None or pad_token_id in eos:
-        return torch.ones_like(input_ids)
-    return input_ids.ne(pad_token_id).long()
-
-
-def check_arguments(kwargs: dict[str, Any]) -> None:
-    """
-    Reject misspelt FSR arguments (the stock `forward` swallows them) and settings that a call cannot change.
-
-    Raises:
-        ValueError: naming the argument, and what is meant or where it belongs.
-    """
-    for name in kwargs:
-        if name in FSR_ARGUMENTS:
-            continue
-        if name in _NO_ARGUMENTS:
-            raise ValueError(f"`{name}` is no argument of a call: set `model.config.fsr_config.{name}`.")
-        meant = _NEAR.get(name) or next(iter(get_close_matches(name, FSR_ARGUMENTS, n=1, cutoff=0.8)), None)
-        if meant:
-            raise ValueError(f"`{name}` is no argument of the model. Did you mean `{meant}`?")
-
-
-def check_no_placeholders(
-    input_ids: torch.Tensor, starts: list[int], token_ids: dict[str, int], pixel_inputs: tuple[str, ...]
-) -> None:
-    """
-    Reject placeholders from the columns `starts` on, in a prompt `(batch, length)` without pixels.
-
-    Raises:
-        ValueError: if there is one.
-    """
-    ids = list(token_ids.values())
-    is_placeholder = torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
-    count = sum(int(row[start:].sum()) for row, start in zip(is_placeholder, starts))
-    if count:
-        raise ValueError(
-            f"The prompt has {count} placeholders (ids {ids}) but there are no pixels "
-            f"({', '.join(f'`{name}`' for name in pixel_inputs)}) to fill them. Pass what the processor returns, "
-            "whole."
-        )
 
 
 def check_prompt(input_ids, attention_mask, kwargs: dict[str, Any], refused=REFUSED_WITH_PIXELS) -> None:

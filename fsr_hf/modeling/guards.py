@@ -127,9 +127,9 @@ class PromptGuard:
             _fail("`position_ids`", "the positions of the compressed prompt", None)
         if mask is None and self.is_padded:
             _fail("`attention_mask`", "the mask of a padded prompt", None)
-        is_flat = mask is not None and getattr(mask, "ndim", 0) == 2 and cached is not None
-        if is_flat and mask.shape[1] != cached + num_new:
-            _fail("the width of `attention_mask`", f"{cached + num_new}, cache and new tokens", mask.shape[1])
+        width = None if cached is None else cached + num_new
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and width not in (None, mask.shape[1]):
+            _fail("the width of `attention_mask`", f"{width}, cache and new tokens", mask.shape[1])
         self.columns_fed += num_new
         self.features_fed += num_features
         if self.columns_fed >= self.length:

@@ -218,9 +218,7 @@ class FSRLlavaVideoModel(FSRModelMixin, LlavaOnevisionModel):
                 f"`pixel_values_videos` must have the shape (videos, frames, channels, {side}, {side}), but its shape "
                 f"is {shape}. The model's processor makes it."
             )
-        if video_num_frames is None:
-            return [shape[1]] * shape[0]
-        numbers = torch.as_tensor(video_num_frames).tolist()
+        numbers = [shape[1]] * shape[0] if video_num_frames is None else torch.as_tensor(video_num_frames).tolist()
         if len(numbers) != shape[0] or not all(1 <= number <= shape[1] for number in numbers):
             raise ValueError(
                 f"`video_num_frames` is {numbers}, and `pixel_values_videos` of shape {shape} holds {shape[0]} videos "

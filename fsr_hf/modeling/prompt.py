@@ -4,13 +4,23 @@ caller's positions.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from .fsr import VisualSelection
 
 
-__all__ = ["CompressedPrompt", "VisualItem", "carry_states", "place_items", "select_columns"]
+__all__ = [
+    "CompressedPrompt",
+    "VisualItem",
+    "carry_states",
+    "check_no_placeholders",
+    "compact_positions",
+    "infer_attention_mask",
+    "place_items",
+    "select_columns",
+]
 
 
 @dataclass
@@ -213,10 +223,43 @@ def carry_states(hidden_states: torch.Tensor, columns: torch.Tensor, length: int
             Length of the caller's prompt.
 
     Returns:
-        `torch.FloatTensor` of shape `(batch, length, hidden_size)`; positions before the first kept one hold that one's.
+        `torch.FloatTensor` of shape `(batch, length, hidden_size)`; before the first kept position, that one's state.
     """
     positions = torch.arange(length, device=columns.device).expand(len(columns), -1)
     source = torch.searchsorted(columns.contiguous(), positions.contiguous(), right=True) - 1
     first = (columns < 0).sum(-1, keepdim=True).clamp(max=columns.shape[1] - 1)
     source = torch.maximum(source, first).to(hidden_states.device)
     return hidden_states.gather(1, source[..., None].expand(-1, -1, hidden_states.shape[-1]))
+
+
+def compact_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions that count what the mask lets through: `(batch, length)`."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def infer_attention_mask(input_ids: torch.Tensor, pad_token_id: int | None, eos_token_id: Any) -> torch.Tensor:
+    """The mask that transformers would infer: from padding, if the prompt has any and it is not EOS."""
+    eos = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    if pad_token_id is None or pad_token_id in eos:
+        return torch.ones_like(input_ids)
+    return input_ids.ne(pad_token_id).long()
+
+
+def check_no_placeholders(
+    input_ids: torch.Tensor, starts: list[int], token_ids: dict[str, int], pixel_inputs: tuple[str, ...]
+) -> None:
+    """
+    Reject placeholders from the columns `starts` on, in a prompt `(batch, length)` without pixels.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    ids = list(token_ids.values())
+    is_placeholder = torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
+    count = sum(int(row[start:].sum()) for row, start in zip(is_placeholder, starts))
+    if count:
+        raise ValueError(
+            f"The prompt has {count} placeholders (ids {ids}) but there are no pixels "
+            f"({', '.join(f'`{name}`' for name in pixel_inputs)}) to fill them. Pass what the processor returns, "
+            "whole."
+        )

@@ -3,12 +3,12 @@
 import torch
 from torch import nn
 from torch.nn.functional import normalize
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
 from .precision import without_autocast
 
 
-__all__ = ["CLIPRelevance"]
+__all__ = ["CLIPRelevance", "TextEncoderMixin"]
 
 
 class CLIPRelevance(nn.Module):
@@ -75,3 +75,29 @@ class CLIPRelevance(nn.Module):
         embeds = normalize(self.visual_projection(patches).float(), dim=-1)
         with without_autocast(embeds.device):
             return (embeds @ query.to(embeds.device)[..., None])[..., 0]
+
+
+class TextEncoderMixin(PreTrainedModel):
+    """What inner and outer model do for the CLIP text tower: it never loads at random, and never trains."""
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As the stock method; a checkpoint without the weights of the text tower that its config names is refused."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        lost = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+        lost = [key for key in lost if "text_encoder." in key]
+        if lost:
+            raise ValueError(
+                f"The checkpoint lacks {len(lost)} weights of the CLIP text encoder that "
+                f"`fsr_config.text_encoder_config` describes, or has them in another shape ({lost[0]}, ...): "
+                "relevance would be random. Export it with `text_encoder=`, or load with "
+                '`fsr_config={"text_encoder_config": None}`.'
+            )
+        return (model, info) if output_loading_info else model
+
+    def requires_grad_(self, requires_grad: bool = True):
+        super().requires_grad_(requires_grad)
+        text_encoder = getattr(self.base_model, "text_encoder", None)
+        if text_encoder is not None:
+            text_encoder.requires_grad_(False)
+        return self

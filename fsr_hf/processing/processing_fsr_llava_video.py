@@ -125,6 +125,8 @@ class FSRLlavaVideoProcessor(RemoteCodeMixin, LlavaOnevisionProcessor):
         video_metadata = nested.pop("video_metadata", video_metadata)
         if nested:
             kwargs["videos_kwargs"] = nested
+        if isinstance(videos, (list, tuple)) and not videos:  # callers that give videos whether there are any or not
+            videos = None
         if videos is None:
             return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
@@ -196,6 +198,11 @@ class FSRLlavaVideoProcessor(RemoteCodeMixin, LlavaOnevisionProcessor):
         (metadata,) = make_batched_metadata([video], known)
         if metadata.frames_indices is None and metadata.total_num_frames == len(video):
             metadata.frames_indices = list(range(len(video)))
+        if metadata.frames_indices is not None and len(metadata.frames_indices) != len(video):
+            raise ValueError(
+                f"`video_metadata` has {len(metadata.frames_indices)} `frames_indices` for a video of {len(video)} "
+                "frames: it must have one for each frame that is given."
+            )
         if num_frames is not None or fps is not None:
             rate = metadata.fps and metadata.fps * len(video) / metadata.total_num_frames
             at_hand = VideoMetadata(total_num_frames=len(video), fps=rate)

@@ -1,9 +1,10 @@
 """The query: the user's words in chunks of CLIP's context length, as the processors of all families emit them."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from contextvars import ContextVar
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -96,8 +97,9 @@ def last_user_words(text: str, markers: TurnMarkers) -> str:
     """
     Cut the user's last turn out of a rendered prompt.
 
-    A header counts only once the turn before it has ended, so a question may quote it. A text without any header is a
-    question from its beginning on.
+    A header counts only once the turn before it has ended, so a question may quote it. Where the text ends as if an
+    answer came next, the question goes up to there and may quote what ends a turn; else its first such words end it.
+    A text without any header is a question from its beginning on.
     """
     start = text.find(markers.user) if markers.user else -1
     start = 0 if start < 0 else start + len(markers.user)
@@ -107,6 +109,13 @@ def last_user_words(text: str, markers: TurnMarkers) -> str:
         if following < 0:
             break
         start = following + len(markers.user)
+    asked = text.rstrip()
+    for marker in reversed(markers.end):
+        if not asked.endswith(marker):
+            break
+        asked = asked.removesuffix(marker).rstrip()
+    else:
+        stop = max(stop, len(asked))
     words = text[start:stop]
     return words.rpartition(markers.system_end)[2] if markers.system_end else words
 
@@ -125,6 +134,17 @@ def check_query_tokenizer(query_tokenizer: Any) -> CLIPTokenizer:
             "are missing from the subfolder `query_tokenizer` of the processor."
         )
     return query_tokenizer
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """
+    Reject misspelt names of `query`, which the stock processor ignores.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name in get_close_matches("query", names, n=1, cutoff=0.65):
+        raise ValueError(f"`{name}` is no argument of the processor. Did you mean `query`?")
 
 
 class QueryProcessorMixin:
@@ -175,6 +195,9 @@ class QueryProcessorMixin:
             query (`str` or `list[str]`, *optional*):
                 What to look for in the images: one string for all rows, or a list with one string for each row.
         """
+        _check_names(kwargs)
+        if isinstance(videos, (list, tuple)) and not videos:  # as the stock processor, which reads no videos
+            videos = None
         if videos is not None and not hasattr(self, "video_processor"):
             raise ValueError(
                 f"`videos` are not supported: {type(self).__name__} takes images alone. Pass frames as images, or use "
@@ -206,6 +229,7 @@ class QueryProcessorMixin:
                 Takes the place of the text of the user's last message: one string for all conversations, or a list
                 with one string for each.
         """
+        _check_names(kwargs)
         if query is not None and not kwargs.get("tokenize"):
             raise ValueError(
                 f"`query` is {query!r}, but without `tokenize=True` the result is a prompt, which holds no query: "

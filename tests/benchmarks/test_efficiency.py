@@ -57,10 +57,11 @@ def test_full_size(family):
 def test_prompts_have_the_tokens_of_the_published_models(family, size, tokens):
     model = build(family, "full", "meta", torch.bfloat16)
     inputs = make_inputs(model, family, Prompt(size, text=20), 2)
-    visual = {name: inputs[name] for name in model.visual_inputs if name in inputs}
-    items = model.find_items(inputs["input_ids"], **visual)
+    items = model.model.build_items(**model.model.pop_visual(inputs))
+    items = model.model.place_items(inputs["input_ids"], items)
+    assert [item.row for item in items] == [0, 1]
     assert [item.length for item in items] == [tokens[0]] * 2
-    assert model.num_candidates(items, **visual) == [tokens[1]] * 2
+    assert [item.num_candidates for item in items] == [tokens[1]] * 2
     assert inputs["input_ids"].shape == (2, tokens[0] + 20)
 
 

@@ -28,7 +28,7 @@ for card in sys.argv[1:]:
             asked = {"return_dict_in_generate": True, "output_visual_selection": True}
             (selection,) = model.generate(**inputs, max_new_tokens=1, **asked).visual_selections
             kept = selection.indices.ge(0).sum().item()
-            of = sum(inputs["input_ids"].eq(token).sum().item() for token in model.placeholder_ids())
+            of = sum(inputs["input_ids"].eq(token).sum().item() for token in model.model.placeholder_ids.values())
     report[card] = {
         "class": type(names["model"].get_base_model()).__name__,
         "lengths": lengths,

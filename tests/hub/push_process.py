@@ -33,6 +33,7 @@ api = HfApi()
 report: dict = {"push": run("push", str(folder), "org/fsr", "--tag", "v0.1.0")}
 report["again"] = run("push", str(folder), "org/fsr", "--tag", "v0.1.0")
 report["verify"] = run("verify", "org/fsr@v0.1.0")
+report["verify_by_manifest"] = run("verify", str(folder), "--manifest-of", "org/fsr@v0.1.0")
 
 # What the checkpoint computes, by the installed classes.
 model, processor = AutoModel.from_pretrained("org/fsr"), AutoProcessor.from_pretrained("org/fsr")

@@ -214,9 +214,9 @@ def test_old_layout_and_text_tower_load_whole(checkpoints):
     state = model.state_dict()
     stock = LlavaForConditionalGeneration.from_pretrained(checkpoints.stock).state_dict()
     clip = load_file(checkpoints.clip / "model.safetensors")
-    text_side = {f"text_encoder.{key}": clip[key] for key in clip if key.startswith("text_model.")}
+    text_side = {f"model.text_encoder.{key}": clip[key] for key in clip if key.startswith("text_model.")}
     for key in ("text_projection.weight", "visual_projection.weight"):
-        text_side[f"text_encoder.{key}"] = clip[key]
+        text_side[f"model.text_encoder.{key}"] = clip[key]
     assert state.keys() == stock.keys() | text_side.keys()
     for key, tensor in {**stock, **text_side}.items():
         assert torch.equal(state[key], tensor), key
@@ -343,9 +343,9 @@ def test_shards_are_renamed_and_can_be_linked(checkpoints, tmp_path):
     stock = LlavaForConditionalGeneration.from_pretrained(checkpoints.stock)
     stock.save_pretrained(source, max_shard_size="60KB")
     shards = sorted(source.glob("*.safetensors"))
+    AutoProcessor.from_pretrained(checkpoints.stock).save_pretrained(source)
     folder = export(source, tmp_path / "fsr", link=True, fsr_config={"alpha": 0}, verify=False, progress=False)
     assert sorted(path.name for path in folder.glob("*.safetensors")) == [path.name for path in shards]
-    AutoProcessor.from_pretrained(checkpoints.stock).save_pretrained(source)
     folder = export(source, tmp_path / "clip", link=True, text_encoder=checkpoints.clip, progress=False)
     count = len(shards) + 1
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
@@ -374,7 +374,7 @@ def test_text_encoder_of_pickled_tensors(checkpoints, tmp_path, monkeypatch):
     ours, theirs = load_file(folder / shard), load_file(checkpoints.fsr / shard)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     torch.save({"text_projection.weight": Path("runs code")}, clip / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds more than tensors and is refused"):
+    with pytest.raises(ValueError, match="holds more than tensors, or is damaged, and is refused"):
         export(checkpoints.stock, tmp_path / "other", text_encoder=clip)
 
 
@@ -436,9 +436,9 @@ def test_wrong_input_is_refused_before_any_work(change, options, error, checkpoi
 def test_text_tower_in_the_config_but_not_in_the_weights(checkpoints, tmp_path):
     source = shutil.copytree(checkpoints.fsr, tmp_path / "source")
     index = json.loads((source / "model.safetensors.index.json").read_text())
-    del index["weight_map"]["text_encoder.text_projection.weight"]
+    del index["weight_map"]["model.text_encoder.text_projection.weight"]
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"lacks weights of it: text_encoder\.text_proj"):
+    with pytest.raises(ValueError, match=r"lacks weights of it: model\.text_encoder\.text_proj"):
         export(source, tmp_path / "fsr")
     (source / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks shards .*: model-00001-of-00002\.safetensors"):
@@ -453,7 +453,7 @@ def test_output_is_replaced_whole_or_not_at_all(checkpoints, tmp_path, monkeypat
     with pytest.raises(FileExistsError, match="is not empty"):
         export(checkpoints.stock, folder)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr("fsr_hf.hub.export.save_file", raise_disk_full)
+        patch.setattr("fsr_hf.hub.weights.save_file", raise_disk_full)
         export(checkpoints.stock, folder, text_encoder=checkpoints.clip, force=True, progress=False)
     assert list(tmp_path.iterdir()) == [folder] and (folder / "note.txt").exists()
     # What no export made is kept; what one made is not.

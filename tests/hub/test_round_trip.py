@@ -48,15 +48,16 @@ class RoundTrip(NamedTuple):
 
 
 def run(script: str, *arguments: str, isolated: bool, **environment: str) -> None:
-    """Runs a script of this folder; `-I` leaves out the folder of the tests, and what PYTHONPATH names."""
+    """Runs a script of this folder; `-I` leaves out what PYTHONPATH names: the tests and the package."""
     here = Path(__file__).parent
+    paths = [str(here.parent), str(here.parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     done = subprocess.run(
         [sys.executable, *(["-I"] if isolated else []), str(here / script), *arguments],
         env={
             **os.environ,
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
-            "PYTHONPATH": os.pathsep.join(map(str, here.parents[:2])),  # the tests, and the package beside them
+            "PYTHONPATH": os.pathsep.join(paths),
             **environment,
         },
         stdin=subprocess.DEVNULL,
@@ -133,7 +134,9 @@ def test_private_means_private(trip):
 
 
 def test_verify_by_id(trip):
-    assert trip.pushed["verify"]["code"] == trip.pushed["plain_verify"]["code"] == 0
+    assert trip.pushed["verify"]["code"] == trip.pushed["verify_by_manifest"]["code"] == 0
+    (line,) = trip.pushed["plain_verify"]["stdout"].splitlines()  # of `save_pretrained`
+    assert trip.pushed["plain_verify"]["code"] == 1 and "lists the code alone" in line
     assert trip.pushed["newer_verify"]["code"] == 1
     name = trip.pushed["newer_file"]
     assert [line.split()[0] for line in trip.pushed["newer_verify"]["stdout"].splitlines()] == [name, name]

@@ -1,7 +1,9 @@
 """A tiny LLaVA as its repository on the Hub has it, the CLIP of its tower, and the export of both."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from old_keys import old_llava_key
@@ -13,7 +15,7 @@ from fsr_hf import export
 from fsr_hf.testing.chat_templates import LLAVA_TEMPLATE
 
 
-__all__ = ["SIDE", "Checkpoints", "make_checkpoints", "save_stock", "stock_llava", "tiny_clip"]
+__all__ = ["SIDE", "Checkpoints", "edit_json", "make_checkpoints", "save_stock", "stock_llava", "tiny_clip"]
 
 SIDE = 28  # pixels, 4 x 4 patches
 
@@ -45,7 +47,9 @@ def stock_llava(clip: CLIPModel) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         text_config=text_config, vision_config=clip.config.vision_config, image_token_id=image_token_id
     )
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
+    return model
 
 
 def save_stock(model: LlavaForConditionalGeneration, folder: Path) -> None:
@@ -71,3 +75,9 @@ def make_checkpoints(root: Path) -> Checkpoints:
     save_stock(stock_llava(clip), root / "stock")
     fsr = export(root / "stock", root / "fsr", text_encoder=root / "clip", fsr_config={"num_visual_tokens": 5})
     return Checkpoints(root / "stock", root / "clip", fsr)
+
+
+def edit_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))

@@ -6,11 +6,12 @@ raise, and no other tokens come out.
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from families import FAMILIES, models
-from transformers import DynamicCache, GenerationMixin
+from transformers import DynamicCache, GenerationMixin, LogitsProcessorList
 
 from fsr_hf.modeling import guards
 from fsr_hf.modeling.guards import PromptGuard, get_cache, name_cache
@@ -94,6 +95,21 @@ def test_a_cache_that_does_not_grow(case, monkeypatch):
     monkeypatch.setattr(DynamicCache, "get_seq_length", lambda self, layer_idx=0: 0)
     with pytest.raises((RuntimeError, ValueError), match=r"FSR stops here|width"):
         model.generate(**inputs, max_new_tokens=3)
+
+
+def test_calls_in_threads(case):
+    """Each thread has its own prompt; a call that fails leaves nothing behind."""
+    model, inputs = case
+    options = {"max_new_tokens": 4, "do_sample": False}
+    settings = [{"num_visual_tokens": 3}, {"num_visual_tokens": 9}, {"fsr_enabled": False}] * 2
+    expected = [model.generate(**inputs, **options, **setting) for setting in settings]
+    with pytest.raises(ZeroDivisionError):
+        model.generate(**inputs, logits_processor=LogitsProcessorList([lambda ids, scores: 1 / 0]))
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda setting: model.generate(**inputs, **options, **setting), settings))
+    for left, right in zip(found, expected, strict=True):
+        assert torch.equal(left, right)
+    assert guards.active_guard() is None
 
 
 def test_both_names_of_the_cache():

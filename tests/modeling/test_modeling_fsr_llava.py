@@ -56,7 +56,10 @@ def test_feature_layers(inputs, layer):
     [
         ({"vision_feature_layer": [-2, -1]}, r"`vision_feature_layer=\[-2, -1\]` is not supported: FSR needs one int"),
         ({"vision_feature_layer": 0}, "`vision_feature_layer=0` is not supported"),
-        ({"vision_feature_layer": -5}, "`vision_feature_layer=-5` is not supported"),
+        ({"vision_feature_layer": -5}, "`vision_feature_layer=-5` is not supported: .*, 1 to 4 or -4 to -1,"),
+        ({"vision_feature_layer": -7}, "`vision_feature_layer=-7` is not supported"),
+        ({"vision_feature_layer": 5}, "`vision_feature_layer=5` is not supported"),
+        ({"vision_feature_layer": 99}, "`vision_feature_layer=99` is not supported"),
         ({"vision_feature_select_strategy": "full"}, '`vision_feature_select_strategy="full"` is not supported'),
         (
             {"vision_config": SiglipVisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)},
@@ -74,7 +77,10 @@ def test_refused_configs(changes, message):
 
 @pytest.mark.parametrize(
     "options",
-    [{"vision_feature_layer": [-2, -1]}, {"vision_feature_layer": 0}, {"vision_feature_select_strategy": "full"}],
+    [
+        *({"vision_feature_layer": layer} for layer in ([-2, -1], 0, 5, 99, -5, -7)),
+        {"vision_feature_select_strategy": "full"},
+    ],
     ids=str,
 )
 def test_refused_for_a_call(inputs, options):
@@ -102,7 +108,7 @@ def test_pixels_of_other_shapes(inputs):
 def build_without_text_encoder(**fsr_config):
     config = FSRLlavaConfig(**FAMILY.config, fsr_config={"num_visual_tokens": 9, "rho": 0.5, **fsr_config})
     model = FSRLlavaForConditionalGeneration(config).eval()
-    weights = {k: v for k, v in models("llava")[0].state_dict().items() if not k.startswith("text_encoder.")}
+    weights = {k: v for k, v in models("llava")[0].state_dict().items() if "text_encoder." not in k}
     model.load_state_dict(weights)
     return model
 
@@ -127,7 +133,7 @@ def test_no_text_encoder_is_saliency_alone(inputs, warnings):
     assert torch.equal(silent.generate(**inputs, **options)[:, -4:], expected)
     assert warnings() == []
     plain = build_without_text_encoder()
-    assert plain.text_encoder is None
+    assert plain.model.text_encoder is None
     for _ in range(2):
         assert torch.equal(plain.generate(**inputs, **options)[:, -4:], expected)
     assert len(warnings()) == 1

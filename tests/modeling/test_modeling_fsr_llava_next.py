@@ -21,8 +21,7 @@ from families import (
     models,
 )
 from oracle import Oracle, split_budget
-from safetensors.torch import save_file
-from transformers import AutoModel, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import AutoModel
 
 from fsr_hf import FSRLlavaNextConfig, FSRLlavaNextForConditionalGeneration
 
@@ -143,11 +142,10 @@ def test_views_of_all_pictures_in_one_stack(model):
 # ---------------------------------------------------------------------- selection
 
 
-@pytest.mark.parametrize("newline", ["drop", "keep"])
 @pytest.mark.parametrize("pool", ["view", "item"])
 @pytest.mark.parametrize("size", SIZES + THIN, ids=str)
-def test_selection_is_that_of_a_loop_over_the_pools(model, settings, size, pool, newline):
-    settings(pool=pool, newline=newline)
+def test_selection_is_that_of_a_loop_over_the_pools(model, settings, size, pool):
+    settings(pool=pool)
     parts = row(size)
     prompt = oracle(pool).compress(parts, num_visual_tokens=13)
     (expected,) = prompt.selections
@@ -169,25 +167,16 @@ def test_the_cases_above_reach_scan_and_refine():
     assert any(selection.merged_into for selection in selections)
 
 
-def test_newlines_of_rows_that_hold_a_token_stay(model, settings):
-    settings(newline="keep")
+def test_newlines_of_a_pruned_picture_are_dropped(model):
+    """One embedding for each word and each kept token, in order, and none of them is the newline."""
     size = (100, 140)
-    tokens = layout_of(size)
     (selection,), embeds = run(model, [row(size)], num_visual_tokens=8)
-    kept = set(selection.indices.tolist())
-    newlines, line = [], set()
-    for number, token in enumerate(tokens):
-        if token is None:
-            newlines += [number] if line & kept else []
-            line = set()
-        elif token[0] > 0:
-            line.add(number)
-    assert len(selection.indices) == 8 and 0 < len(newlines) < tokens.count(None)
-    order = sorted(kept | {*newlines})
-    assert embeds.shape[1] == 5 + 8 + len(newlines)
-    for place, number in enumerate(order):
-        if number in newlines:
-            assert torch.equal(embeds[0, 3 + place], model.model.image_newline)
+    kept = selection.indices.tolist()
+    assert len(kept) == 8 and all(layout_of(size)[number] is not None for number in kept)
+    assert embeds.shape[1] == 5 + 8
+    assert torch.equal(embeds[0, 3:11], selection.features)
+    newline = model.model.image_newline
+    assert not any(torch.equal(column, newline) for column in embeds[0])
 
 
 # ---------------------------------------------------------------------- budgets
@@ -248,7 +237,7 @@ def test_default_is_a_ninth():
     config = FSRLlavaNextConfig()
     fsr = config.fsr_config
     assert (fsr.retention_ratio, fsr.num_visual_tokens) == (1 / 9, None)
-    assert (fsr.pool, fsr.newline, fsr.positions) == ("view", "drop", "compact")
+    assert (fsr.pool, fsr.positions) == ("view", "compact")
     assert fsr.budget(2880) == 320
     assert FSRLlavaNextConfig(fsr_config={"num_visual_tokens": 640}).fsr_config.retention_ratio is None
 
@@ -256,11 +245,10 @@ def test_default_is_a_ninth():
 # ---------------------------------------------------------------------- pictures within the budget
 
 
-@pytest.mark.parametrize("newline", ["drop", "keep"])
 @pytest.mark.parametrize("pool", ["view", "item"])
-def test_a_picture_within_the_budget_stays_bit_for_bit(model, settings, pool, newline):
+def test_a_picture_within_the_budget_stays_bit_for_bit(model, settings, pool):
     """Beside pruned ones, in their row and in other rows; its newlines stay."""
-    settings(pool=pool, newline=newline)
+    settings(pool=pool)
     sizes = [[(1500, 20), (100, 140)], [(30, 190), (20, 1500), (1500, 20)], [], [(1500, 20)]]
     rows = [row(*row_sizes) for row_sizes in sizes]
     selections, embeds = run(model, rows, num_visual_tokens=AREA)
@@ -281,10 +269,9 @@ def test_a_picture_within_the_budget_stays_bit_for_bit(model, settings, pool, ne
         assert len(selection.grid) == image.length
 
 
-@pytest.mark.parametrize("newline", ["drop", "keep"])
-def test_original_positions(settings, newline):
+def test_original_positions(settings):
     """Kept tokens and the words after them are where they were in the full prompt, and decoding goes on from there."""
-    settings(newline=newline, positions="original")
+    settings(positions="original")
     model, reference = models("llava_next")
     rows = [row((100, 140), (20, 1500)), row((30, 190)), [BOS, 5, 6, 7]]
     family = replace(FAMILY, positions=lambda _, inputs: inputs["attention_mask"].cumsum(-1) - 1)
@@ -300,29 +287,31 @@ def test_original_positions(settings, newline):
 # ---------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("newline", ["drop", "keep"])
-def test_gradient_of_the_newline(settings, newline):
-    settings(newline=newline)
-    model, _ = models("llava_next")
+@pytest.mark.parametrize("budget", [12, 10**6], ids=["pruned", "whole"])
+def test_gradient_of_the_newline(model, budget):
+    """It learns where it is read: from pictures within their budget."""
     batch = FAMILY.inputs([row((100, 140))])
     model.zero_grad()
-    model(**batch, labels=batch["input_ids"]).loss.backward()
-    assert bool(model.model.image_newline.grad.any()) == (newline == "keep")
+    model(**batch, labels=batch["input_ids"], num_visual_tokens=budget).loss.backward()
+    gradient = model.model.image_newline.grad
+    assert (gradient is not None and bool(gradient.any())) == (budget > 12)
     model.zero_grad()
 
 
-def test_offloaded_newline(model, settings):
+def test_offloaded_newline(model):
+    """`image_newline` belongs to no module whose call would load it: all pruned, and one whole beside pruned ones."""
     accelerate = pytest.importorskip("accelerate")
-    settings(newline="keep")
-    batch = FAMILY.inputs([row((100, 140))])
-    expected = model.generate(**batch, max_new_tokens=4)
+    batch = FAMILY.inputs([row((100, 140), (20, 1500)), row((30, 190))])
+    budgets = ({}, {"num_visual_tokens": AREA})
+    expected = [model.generate(**batch, max_new_tokens=4, **budget) for budget in budgets]
     offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device="cpu")
     assert offloaded.model.image_newline.device.type == "meta"
-    assert torch.equal(offloaded.generate(**batch, max_new_tokens=4), expected)
-    assert offloaded.model.image_newline.device.type == "meta"
+    for budget, tokens in zip(budgets, expected):
+        assert torch.equal(offloaded.generate(**batch, max_new_tokens=4, **budget), tokens)
+        assert offloaded.model.image_newline.device.type == "meta"
 
 
-# ---------------------------------------------------------------------- other backbones, old checkpoints
+# ---------------------------------------------------------------------- other backbones, checkpoints
 
 
 def test_mistral():
@@ -336,34 +325,6 @@ def test_mistral():
     expected, _ = answers.decode([answers.compress(parts) for parts in rows], 6)
     new = model.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]
     assert torch.equal(new, expected)
-
-
-def old_key(key):
-    """The name of a LLaVA-NeXT weight before transformers 4.52."""
-    for new, old in (
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-        ("model.vision_tower.", "vision_tower.vision_model."),
-        ("model.", ""),
-    ):
-        if key.startswith(new):
-            return old + key.removeprefix(new)
-    return key
-
-
-def test_old_checkpoints_load_whole(model, tmp_path):
-    stock = LlavaNextForConditionalGeneration(LlavaNextConfig(**FAMILY.config))
-    stock.config.save_pretrained(tmp_path)
-    weights = {old_key(key): tensor for key, tensor in stock.state_dict().items()}
-    assert {"image_newline", "language_model.lm_head.weight", "multi_modal_projector.linear_1.weight"} < weights.keys()
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded, info = FSRLlavaNextForConditionalGeneration.from_pretrained(
-        tmp_path, output_loading_info=True, fsr_config={"relevance": "none"}
-    )
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    expected = stock.state_dict()
-    assert loaded.state_dict().keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items())
 
 
 def test_saved_and_loaded(model, tmp_path):
@@ -410,6 +371,8 @@ REFUSED = {
     ),
     "a list of layers": (lambda batch: batch.update(vision_feature_layer=[-2, -1]), "vision_feature_layer"),
     "no block": (lambda batch: batch.update(vision_feature_layer=0), "vision_feature_layer"),
+    "a block too far": (lambda batch: batch.update(vision_feature_layer=5), "vision_feature_layer=5"),
+    "a block before the first": (lambda batch: batch.update(vision_feature_layer=-7), "vision_feature_layer=-7"),
     "[CLS] among the tokens": (lambda batch: batch.update(vision_feature_select_strategy="full"), "full"),
     "nothing to keep": (lambda batch: batch.update(num_visual_tokens=0), "num_visual_tokens=0"),
     "a share of nothing": (lambda batch: batch.update(retention_ratio=0.0), "retention_ratio=0.0"),
@@ -428,7 +391,7 @@ def test_refused_before_any_work(model, name, method):
     calls = []
     hooks = [
         module.register_forward_pre_hook(lambda *args: calls.append(args))
-        for module in (model.model.vision_tower, model.text_encoder.text_model, model.model.language_model)
+        for module in (model.model.vision_tower, model.model.text_encoder.text_model, model.model.language_model)
     ]
     try:
         with pytest.raises(ValueError, match=message):
@@ -444,6 +407,8 @@ def test_refused_before_any_work(model, name, method):
     [
         ({"vision_config": {"model_type": "siglip_vision_model", "hidden_size": 16}}, "siglip_vision_model"),
         ({"vision_feature_layer": [-2, -1]}, "vision_feature_layer"),
+        ({"vision_feature_layer": 99}, "vision_feature_layer=99"),
+        ({"vision_feature_layer": -7}, "vision_feature_layer=-7"),
         ({"vision_feature_select_strategy": "full"}, "full"),
     ],
 )

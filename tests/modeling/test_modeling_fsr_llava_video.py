@@ -1,7 +1,7 @@
 """LLaVA-Video: its layout, pools of frames, newlines, still pictures, original checkpoints, and what it refuses."""
 
 import functools
-import json
+import inspect
 from dataclasses import replace
 
 import frames
@@ -26,11 +26,13 @@ from families import (
 )
 from method_reference import reference as select
 from oracle import Oracle
+from original_llava_video import ORIGINAL_CONFIG, save_original
 from safetensors.torch import load_file, save_file
 from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from fsr_hf import FSRLlavaVideoConfig, FSRLlavaVideoForConditionalGeneration
+from fsr_hf.modeling.guards import VERSION
 
 
 FAMILY = FAMILIES["llava_video"]
@@ -121,14 +123,38 @@ def close(actual, expected):
 def test_video_features_are_those_of_the_layout(mode, num_frames):
     model, reference = built(mode)
     pixels = torch.cat([video(num_frames, seed).inputs["pixel_values_videos"] for seed in (1, 2)])
-    runs = model.get_video_features(pixels).pooler_output
-    assert len(runs) == 2
-    for clip, run in zip(pixels, runs):
+    features = model.get_video_features(pixels).pooler_output
+    length = num_frames * SIDES[mode] * (SIDES[mode] + 1)
+    assert features.shape == (2 * length, 1, TEXT_CONFIG["hidden_size"])  # one video after the other, a token a row
+    for clip, run in zip(pixels, features[:, 0].split(length)):
         expected, places = frames.frame_tokens(reference.model, clip, mode)
-        assert len(run) == num_frames * SIDES[mode] * (SIDES[mode] + 1)
         close(run, expected)
         newlines = [number for number, place in enumerate(places) if place is None]
         assert torch.equal(run[newlines], model.model.image_newline.expand(len(newlines), -1))
+
+
+@torch.no_grad()
+def test_get_video_features_takes_what_the_stock_method_takes(model):
+    """Its arguments by place; hidden states and a tuple, if asked for; and the numbers of frames after them."""
+    stock = list(inspect.signature(LlavaOnevisionModel.get_video_features).parameters)
+    ours = list(inspect.signature(type(model.model).get_video_features).parameters)
+    assert ours == [*stock[:-1], "video_num_frames", stock[-1]]
+    pixels = FAMILY.inputs([[BOS, video(2, 1), video(3, 2)]])["pixel_values_videos"]
+    assert pixels.isnan().any()
+    numbers = torch.tensor([2, 3])
+    expected = model.get_video_features(pixels, video_num_frames=numbers).pooler_output
+    assert len(expected) == 5 * 12 and expected.isfinite().all()
+    inner = model.model.get_video_features
+    for method in (inner, model.get_video_features):
+        for kwargs in ({"output_hidden_states": False}, {"output_hidden_states": True}, {"return_dict": True}):
+            assert torch.equal(method(pixels, video_num_frames=numbers, **kwargs).pooler_output, expected)
+        outputs = method(pixels, video_num_frames=numbers, return_dict=False)
+        assert torch.equal(next(part for part in outputs if len(part) == 60), expected)
+    assert torch.equal(inner(pixels, None, None, numbers).pooler_output, expected)
+    assert torch.equal(inner(pixels, -1, "full", numbers.tolist()).pooler_output, expected)
+    assert not torch.allclose(inner(pixels, -2, "full", numbers).pooler_output, expected)
+    states = model.get_video_features(pixels, video_num_frames=numbers, output_hidden_states=True).hidden_states
+    assert len(states) == SIGLIP_VISION_CONFIG["num_hidden_layers"] + 1
 
 
 @pytest.mark.parametrize("mode, tokens", [("bilinear", 14 * 15), ("average", 13 * 14)])
@@ -137,14 +163,12 @@ def test_tokens_of_a_full_size_frame(mode, tokens):
     with torch.device("meta"):
         model = FSRLlavaVideoForConditionalGeneration(config)
     pixels = torch.empty(1, 32, 3, 384, 384, device="meta")
-    (run,) = model.get_video_features(pixels).pooler_output
-    assert run.shape == (32 * tokens, config.text_config.hidden_size)
-    ids = torch.full((1, 32 * tokens + 2), config.video_token_id)
-    ids[0, 0] = ids[0, -1] = 5
-    items = model.find_items(ids, pixel_values_videos=pixels)
-    (candidates,) = model.num_candidates(items, pixel_values_videos=pixels)
-    assert candidates == 32 * {"bilinear": 196, "average": 169}[mode]
-    assert config.fsr_config.budget(candidates) == {"bilinear": 1254, "average": 1082}[mode]
+    features = model.get_video_features(pixels).pooler_output
+    assert features.shape == (32 * tokens, 1, config.text_config.hidden_size)
+    (item,) = model.model.build_items(pixel_values_videos=pixels)
+    assert item.length == 32 * tokens
+    assert item.num_candidates == 32 * {"bilinear": 196, "average": 169}[mode]
+    assert config.fsr_config.budget(item.num_candidates) == {"bilinear": 1254, "average": 1082}[mode]
 
 
 @pytest.mark.parametrize("unpruned", [{"fsr_enabled": False}, {"num_visual_tokens": 10**6}, {"retention_ratio": 1}])
@@ -179,10 +203,12 @@ def test_disabled_by_the_config(settings, no_stock_videos):
     sequences = model.generate(**inputs, max_new_tokens=5, do_sample=False, num_beams=2)
     expected = [oracle().beam_search(prompt, 5, 2)[0][0] for prompt in prompts]
     assert torch.equal(sequences[:, inputs["input_ids"].shape[1] :], torch.stack(expected))
-    ids = inputs["input_ids"]
-    labels = ids.masked_fill(inputs["attention_mask"] == 0, -100)
-    text = labels.masked_fill((ids == IMAGE_TOKEN) | (ids == VIDEO_TOKEN), -100)
-    close(model(**inputs, labels=labels).loss, model(**inputs, labels=text).loss)
+    # The loss is the stock one: it is for the caller to mask the labels of placeholders.
+    mask = inputs["attention_mask"]
+    labels = inputs["input_ids"].masked_fill(mask.cumsum(-1) < 2, -100)  # padding says nothing about a first token
+    scores = torch.cat([oracle().logits(prompt)[:-1] for prompt in prompts])
+    targets = torch.cat([torch.tensor(prompt.ids[1:]) for prompt in prompts])
+    close(model(**inputs, labels=labels).loss, torch.nn.functional.cross_entropy(scores, targets))
 
 
 def test_pictures_alone_run_the_stock_class_unpruned():
@@ -212,12 +238,11 @@ def test_tower_sees_frames_once_and_no_padding(model):
 # ---------------------------------------------------------------------- selection
 
 
-@pytest.mark.parametrize("newline", ["drop", "keep"])
 @pytest.mark.parametrize("pool", ["item", "view"])
 @pytest.mark.parametrize("mode", SIDES)
-def test_selection_is_that_of_a_loop_over_the_pools(settings, mode, pool, newline):
+def test_selection_is_that_of_a_loop_over_the_pools(settings, mode, pool):
     model, _ = built(mode)
-    settings(model, pool=pool, newline=newline)
+    settings(model, pool=pool)
     rows = rows_of(mode)
     prompts = [oracle(mode, pool).compress(row, num_visual_tokens=4) for row in rows]
     selections, call = run(model, rows, num_visual_tokens=4)
@@ -239,21 +264,55 @@ def test_selection_is_that_of_a_loop_over_the_pools(settings, mode, pool, newlin
         close(embeds[-len(prompt.embeds) :], prompt.embeds)
 
 
-def test_newlines_that_stay(settings):
-    """One for each row of a frame that holds a kept token, right after the last of them."""
+@pytest.mark.parametrize("budget", [{}, {"retention_ratio": 0.2}, {"num_visual_tokens": 35}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 2},
+        {"num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"prefill_chunk_size": 5},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
+def test_several_videos_of_a_row(options, budget):
+    """
+    The stock class takes the tokens of all videos as one tensor, and splits it by rows, for beams, and by chunks of
+    the prompt. A budget of 35 leaves some of the videos whole.
+    """
+    if "prefill_chunk_size" in options and VERSION < (5, 23):
+        pytest.skip("transformers splits visual tokens wrongly between chunks")
     model, _ = built("bilinear")
-    settings(model, newline="keep")
+    rows = [
+        [BOS, video(3, 1), 7, video(2, 2), 8, picture((40, 65), 3), 9, video(4, 4), 10, 11, 12, 13, 10, 11],
+        [BOS, 5, video(2, 5), video(4, 6), 10, 11, 12, 10, 11],
+    ]
+    rows = rows[:1] if "prompt_lookup_num_tokens" in options else rows  # candidates take one row
+    prompts = [oracle().compress(row, **budget) for row in rows]
+    if budget.get("num_visual_tokens") == 35:
+        assert {selection is None for prompt in prompts for selection in prompt.selections} == {True, False}
+    if "num_beams" in options:
+        expected = torch.stack([oracle().beam_search(prompt, 8, 2)[0][0] for prompt in prompts])
+    else:
+        expected = oracle().decode(prompts, 8)[0]
+    if "num_return_sequences" in options:
+        options, expected = {**options, "num_beams": 2}, [oracle().beam_search(p, 8, 2)[0] for p in prompts]
+        expected = torch.cat(expected)
+    inputs = FAMILY.inputs(rows)
+    sequences = model.generate(**inputs, max_new_tokens=8, do_sample=False, **options, **budget)
+    assert torch.equal(sequences[:, inputs["input_ids"].shape[1] :], expected)
+
+
+def test_newlines_of_a_pruned_video_are_dropped():
+    """One embedding for each word and each kept token, in order, and none of them is the newline."""
+    model, _ = built("bilinear")
     (selection,), call = run(model, [[BOS, video(4), 5]], num_visual_tokens=11)
-    rows = [tuple(place) for place in selection.grid[selection.indices, :2].tolist()]
     embeds, newline = call["inputs_embeds"][0], model.model.image_newline
-    is_newline = [torch.equal(column, newline) for column in embeds]
-    assert sum(is_newline) == len(set(rows)) < 11
-    kinds = [False]
-    for number, row in enumerate(rows):
-        kinds.append(False)
-        if rows[number + 1 : number + 2] != [row]:
-            kinds.append(True)
-    assert is_newline == [*kinds, False]
+    assert len(embeds) == 2 + 11 and (selection.grid[selection.indices, 2] >= 0).all()
+    assert torch.equal(embeds[1:-1], selection.features)
+    assert not any(torch.equal(column, newline) for column in embeds)
 
 
 def test_every_frame_gets_a_share(settings):
@@ -311,7 +370,7 @@ def test_nearest_patch_of_an_interpolated_token(model):
     assert columns[0, 0] == 0 and columns[0, -1] == 2 * SIGLIP_SIDE - 1
 
 
-def test_several_pictures_of_a_row_have_no_tiles(settings):
+def test_several_pictures_of_a_row_have_no_tiles():
     """The stock class shows them one view each, with one newline at the end."""
     model, reference = built("bilinear")
     area = SIGLIP_SIDE**2
@@ -335,10 +394,9 @@ def test_several_pictures_of_a_row_have_no_tiles(settings):
         settings_of = {"alpha": 3, "beta": 1, "rho": 0.2, "kappa": 1, "focus_mass": "all"}
         kept, *_ = select(run[:-1].double().tolist(), score.double().tolist(), None, 6, **settings_of)
         assert selection.indices.tolist() == kept
-    settings(model, newline="keep")
     visual = {"pixel_values": pixels[1:], "image_sizes": sizes[1:], "batch_num_images": numbers[1:]}
     out = model(torch.tensor([other]), **visual, num_visual_tokens=6, output_hidden_states=True)
-    assert out.hidden_states[0].shape[1] == 3 + 2 * (6 + 1)
+    assert out.hidden_states[0].shape[1] == 3 + 2 * 6
 
 
 @pytest.mark.parametrize("layer", [-2, 1, -1, 3])
@@ -358,13 +416,16 @@ def test_attention_stays_in_its_frame(model):
     first, second = video(2, seed=1), video(2, seed=2)
     pixels = first.inputs["pixel_values_videos"].clone()
     pixels[:, 1] = second.inputs["pixel_values_videos"][:, 1]
+    inner, ids = model.model, torch.tensor([[VIDEO_TOKEN] * 24])
     one, other = (
-        model.encode_visuals(model.find_items(torch.tensor([[VIDEO_TOKEN] * 24]), **visual), None, **visual)
+        inner.encode_items(inner.place_items(ids, inner.build_items(**visual)), None, **visual)[0]
         for visual in ({"pixel_values_videos": first.inputs["pixel_values_videos"]}, {"pixel_values_videos": pixels})
     )
-    close(one.saliency[0, :9], other.saliency[0, :9])
-    close(one.features[0, :9], other.features[0, :9])
-    assert not torch.allclose(one.saliency[0, 9:], other.saliency[0, 9:])
+    assert one.saliency.shape == (24,) and [len(run) for run in one.features] == [24]
+    close(one.saliency[:12], other.saliency[:12])
+    close(one.features[0][:12], other.features[0][:12])
+    assert not torch.allclose(one.saliency[12:], other.saliency[12:])
+    assert not torch.allclose(one.features[0][12:], other.features[0][12:])
 
 
 @pytest.mark.parametrize("num_frames, kept", [(32, 1254), (64, 2509)])
@@ -406,6 +467,8 @@ def test_videos_of_the_published_size(num_frames, kept):
         ({"retention_ratio": 0.0}, "`retention_ratio=0.0`"),
         ({"vision_feature_layer": [-1, -2]}, r"`vision_feature_layer=\[-1, -2\]`.*one int"),
         ({"vision_feature_layer": 0}, "`vision_feature_layer=0`"),
+        ({"vision_feature_layer": 99}, "`vision_feature_layer=99`.*1 to 3 or -3 to -1"),
+        ({"vision_feature_layer": -7}, "`vision_feature_layer=-7`"),
         ({"vision_feature_select_strategy": "default"}, '"default"` is not supported'),
         ({"pixel_values": (1, 3, 3, 35, 35)}, "`pixel_values` need `image_sizes`"),
         (
@@ -436,6 +499,7 @@ def test_batch_num_images_that_does_not_add_up(model):
         ({"vision_config": {"model_type": "clip_vision_model"}}, '"clip_vision_model"` is not supported.*SigLIP'),
         ({"vision_feature_layer": [-1, -2]}, r"`vision_feature_layer=\[-1, -2\]`"),
         ({"vision_feature_layer": -9}, "`vision_feature_layer=-9`"),
+        ({"vision_feature_layer": 99}, "`vision_feature_layer=99`.*1 to 3 or -3 to -1"),
         ({"vision_feature_select_strategy": "default"}, '"default"` is not supported'),
         ({"spatial_pool_mode": "max"}, '`spatial_pool_mode=.max.`.*"bilinear" or "average"'),
         ({"fsr_config": {"relevance": "clip"}}, "saliency alone"),
@@ -450,47 +514,6 @@ def test_configs_that_are_not_supported(fields, message):
 
 
 # ---------------------------------------------------------------------- checkpoints
-
-ORIGINAL_CONFIG = {
-    "architectures": ["LlavaQwenForCausalLM"],
-    "model_type": "llava",
-    "add_faster_video": False,
-    "hidden_act": "silu",
-    "image_aspect_ratio": "anyres_max_2",
-    "image_grid_pinpoints": "(1x1),...,(2x3)",
-    "mm_hidden_size": 32,
-    "mm_newline_position": "grid",
-    "mm_patch_merge_type": "spatial_unpad",
-    "mm_projector_type": "mlp2x_gelu",
-    "mm_spatial_pool_mode": "average",
-    "mm_spatial_pool_stride": 2,
-    "mm_vision_select_layer": -2,
-    "mm_vision_tower": "siglip-of-the-tests",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 500000.0,
-    "torch_dtype": "float32",
-    "vision_config": SIGLIP_VISION_CONFIG,
-    **TEXT_CONFIG,
-}
-ORIGINAL_NAMES = (
-    ("model.vision_tower.", "model.vision_tower.vision_tower.vision_model."),
-    ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
-    ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."),
-    ("model.language_model.", "model."),
-)
-
-
-def save_original(folder, model, **config):
-    """The weights of `model` as LLaVA-Video's own code saves them."""
-    weights = {}
-    for name, weight in model.state_dict().items():
-        for ours, original in ORIGINAL_NAMES:
-            if name.startswith(ours):
-                name = original + name.removeprefix(ours)
-                break
-        weights[name] = weight
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({**ORIGINAL_CONFIG, **config}))
 
 
 def test_original_checkpoint(tmp_path):

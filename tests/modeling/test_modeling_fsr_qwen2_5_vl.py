@@ -20,17 +20,16 @@ from families import (
     models,
     qwen_item,
 )
+from old_keys import old_qwen_key
 from oracle import Oracle
-from processing.tiny_tokenizers import QWEN_VL_TEMPLATE, qwen_tokenizer
 from received import attention_maps, received_attention, window_order
 from safetensors.torch import save_file
+from tiny_qwen import save_checkpoint
 from transformers import (
     AutoModel,
     AutoProcessor,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
     StaticCache,
 )
 
@@ -119,9 +118,14 @@ def record(model, name="position_ids"):
 
 
 def saliency_of(model, pixels, grid, modality="image"):
+    inner = model.model
+    names = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+    visual = dict(zip(names[modality], (pixels, grid)))
     with torch.no_grad():
-        parts = list(model._encode(modality, pixels, grid))
-    return torch.cat([saliency for _, saliency, _ in parts])
+        tokens, outputs = inner.encode_items(inner.build_items(**visual), None, **visual)
+    assert list(outputs) == [modality] and tokens.relevance is None
+    assert [len(run) for run in tokens.features] == (grid.prod(-1) // MERGE**2).tolist()
+    return tokens.saliency
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -159,18 +163,17 @@ def test_window_order_and_another_block_would_be_wrong(model, reference):
         assert wrong.argsort().tolist() != saliency.argsort().tolist()
 
 
-def test_the_input_of_the_last_block_is_what_it_reads(model):
+def test_the_input_of_the_last_block_is_what_it_reads(model, monkeypatch):
     """Which of the recorded hidden states that is depends on the version of transformers."""
     pixels, grid = pixels_of((1, 6, 10), (1, 4, 4))
     seen, scored = [], []
     hook = model.model.visual.blocks[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    score = model._saliency
-    model._saliency = lambda hidden_states, grid: scored.append(hidden_states) or score(hidden_states, grid)
+    score = model.model.saliency
+    monkeypatch.setattr(model.model, "saliency", lambda states, grid: scored.append(states) or score(states, grid))
     try:
         saliency_of(model, pixels, grid)
     finally:
         hook.remove()
-        del model._saliency
     assert torch.equal(*seen, *scored)
     with torch.no_grad():
         outputs = model.get_image_features(pixels, grid, output_hidden_states=[1, 2], return_dict=True)
@@ -231,7 +234,7 @@ def test_default_budget_is_half(model):
     config = FSRQwen2_5_VLConfig(**FAMILY.config)
     fsr = config.fsr_config
     assert (fsr.retention_ratio, fsr.num_visual_tokens) == (0.5, None)
-    assert (fsr.relevance, fsr.pool, fsr.positions, fsr.newline) == ("none", "item", "original", "drop")
+    assert (fsr.relevance, fsr.pool, fsr.positions) == ("none", "item", "original")
     built = initialize(FSRQwen2_5_VLForConditionalGeneration(config))
     assert [len(s.indices) for s in select(built, [[BOS, item((1, 6, 10)), 5]])] == [8]
 
@@ -326,10 +329,36 @@ def test_compact_positions(model, settings):
     hook.remove()
     for number, prompt in enumerate(prompts):
         length = len(prompt.columns)
-        assert seen[0][..., number, -length:].flatten().tolist() == list(range(length))
-        assert seen[1][..., number, :].flatten().tolist() == [length]
+        assert seen[0][:, number, -length:].tolist() == [list(range(length))] * 4
+        assert seen[1][:, number].flatten().tolist() == [length] * 4
     settings(positions="original")
     assert not torch.equal(decode(model, rows, num_new=6, num_visual_tokens=5), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}], ids=str)
+def test_compact_positions_are_decided_by_row(model, settings, options):
+    """A row that loses nothing keeps the stock positions, beside pruned rows as alone."""
+    settings(positions="compact")
+    whole = [BOS, 5, item((1, 4, 4), 1), 7, item((2, 4, 2), 2, 1), 8, 9]
+    pruned = [BOS, item((1, 6, 10), 3), 7, item((1, 4, 4), 4), 8]
+    text = [BOS, 20, 21, 22]
+    rows = [whole, pruned, text]
+    stock = FAMILY.build_reference(model, attn_implementation="sdpa")
+    seen, hook = record(model)
+    together = decode(model, rows, num_visual_tokens=4, **options)
+    hook.remove()
+    inputs = FAMILY.inputs([whole])
+    alone = [decode(model, [row], num_visual_tokens=4, **options) for row in rows]
+    assert torch.equal(together, torch.cat(alone))
+    expected = stock.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
+    assert torch.equal(together[0], expected[0, inputs["input_ids"].shape[1] :])
+    # The first call has the rows in turn, each as often as there are beams.
+    copies = seen[0].shape[1] // len(rows)
+    by_hand = positions_by_hand(whole)
+    assert torch.equal(seen[0][1:, 0, -by_hand.shape[1] :], by_hand)
+    assert by_hand[:, -1].tolist() != [by_hand.shape[1] - 1] * 3
+    length = len(Oracle(FAMILY, *models("qwen2_5_vl")).compress(pruned, num_visual_tokens=4).columns)
+    assert seen[0][:, copies, -length:].tolist() == [list(range(length))] * 4
 
 
 def test_seconds_between_slices_count(model):
@@ -515,7 +544,9 @@ def test_relevance_is_refused(model, settings):
         with pytest.raises(ValueError, match=r'`fsr_config\.relevance="clip"`.*comes from no CLIP'):
             FSRQwen2_5_VLConfig(**FAMILY.config, fsr_config=field)
     settings(relevance="clip")
-    with pytest.raises(ValueError, match=r"`fsr_config\.relevance='clip'` is not supported"):
+    with pytest.raises(
+        ValueError, match=r'`fsr_config\.relevance="clip"` needs a CLIP text encoder.*set it to "none"'
+    ):
         decode(model, [[BOS, item((1, 4, 4)), 7]], num_visual_tokens=2)
 
 
@@ -538,21 +569,13 @@ def test_towers_without_full_attention_at_the_end_are_refused(change):
 
 def test_stays_a_stock_class_to_trainer(model):
     assert model.accepts_loss_kwargs is False and model.model.accepts_loss_kwargs is False
-    assert type(model).supports_guidance is False
-
-
-def old_key(key):
-    """The name of a weight in a checkpoint of Qwen's own."""
-    if key.startswith("model.visual."):
-        return key.removeprefix("model.")
-    return key.replace("model.language_model.", "model.")
 
 
 @pytest.mark.parametrize("is_tied", [False, True], ids=["7B", "tied as 3B"])
 def test_old_checkpoint_loads_whole(tmp_path, is_tied):
     config = FAMILY.reference_config_class(**FAMILY.config, tie_word_embeddings=is_tied)
     stock = initialize(Qwen2_5_VLForConditionalGeneration(config))
-    weights = {old_key(key): tensor.clone() for key, tensor in stock.state_dict().items()}
+    weights = {old_qwen_key(key): tensor.clone() for key, tensor in stock.state_dict().items()}
     if is_tied:
         del weights["lm_head.weight"]
     assert all(key.startswith(("visual.", "model.", "lm_head.")) and ".visual." not in key for key in weights)
@@ -577,25 +600,6 @@ def test_old_checkpoint_loads_whole(tmp_path, is_tied):
 
 
 # --- With the stock processor ---
-
-
-def save_checkpoint(folder):
-    """A checkpoint with a processor, as `from_pretrained` finds it."""
-    tokenizer = qwen_tokenizer()
-    edges = {"shortest_edge": 8 * 8, "longest_edge": 96 * 96}
-    sizes = {"patch_size": 4, "merge_size": MERGE, "temporal_patch_size": 2, "size": edges}
-    Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**sizes),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(**sizes, do_sample_frames=False, cap_pixels_per_frame=False),
-        chat_template=QWEN_VL_TEMPLATE,
-    ).save_pretrained(folder)
-    special = ("image_pad", "video_pad", "vision_start", "vision_end")
-    ids = tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in special])
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    text_config = {**FAMILY.config["text_config"], "vocab_size": len(tokenizer), "eos_token_id": 256}
-    config = {**FAMILY.config, **dict(zip(names, ids)), "text_config": text_config}
-    initialize(FSRQwen2_5_VLForConditionalGeneration(FSRQwen2_5_VLConfig(**config))).save_pretrained(folder)
 
 
 def picture(height, width, seed=0):

@@ -285,6 +285,13 @@ def test_the_markers_of_a_template_are_found(name, add_generation_prompt, image)
         (f"{VICUNA} USER: <image>\nwhat is it? ASSISTANT:", "what is it?"),
         (f"{VICUNA} USER: <image>\nfirst? ASSISTANT: a dog</s>USER: second? ASSISTANT: a cat</s>", "second?"),
         ("USER: <image>\nwhat does USER: mean? ASSISTANT: a name", "what does USER: mean?"),
+        ("USER: <image>\nwhat does ASSISTANT: mean? ASSISTANT:", "what does ASSISTANT: mean?"),
+        (
+            "USER: a? ASSISTANT: b</s>USER: is it USER: or ASSISTANT: there?\nASSISTANT: ",
+            "is it USER: or ASSISTANT: there?",
+        ),
+        ("<image>\nwho is ASSISTANT:, and why ASSISTANT: ? ASSISTANT:", "who is ASSISTANT:, and why ASSISTANT: ?"),
+        ("USER: what? ASSISTANT: the word ASSISTANT: is there", "what?"),
         ("USER: <image><image>\n ASSISTANT:", ""),
         ("<image>\nwhat is it? ASSISTANT: a dog", "what is it?"),
         ("<image>\nwhat is it?", "what is it?"),
@@ -371,6 +378,16 @@ def test_a_query_for_another_number_of_rows_is_refused(processor, image, query):
         with pytest.raises(ValueError, match="2 rows") as error:
             call()
         assert repr(query) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["qurey", "Query", "queries", "query_", "qery"])
+def test_a_misspelt_query_is_refused(processor, image, name):
+    message = f"`{name}` is no argument of the processor. Did you mean `query`"
+    with pytest.raises(ValueError, match=message):
+        processor(images=image, text="USER: <image> x ASSISTANT:", **{name: "cat"})
+    for options in ({name: "cat"}, {"processor_kwargs": {name: "cat"}}):
+        with pytest.raises(ValueError, match=message):
+            chat(processor, [turn("user", image, "x")], **options)
 
 
 # --- all else is stock ----------------------------------------------------------------------------------------------
@@ -530,6 +547,16 @@ def test_placeholders_of_videos_are_no_words():
     processor = build()
     processor.video_token = "<video>"  # as a family with videos sets it
     assert processor.queries_from_text(["USER: <video>\nwhat happens <image> here?"]) == ["what happens here?"]
+
+
+def test_no_videos_in_a_list_are_none(processor, image):
+    """As the stock processor has it; some callers give `videos` whether there are any or not."""
+    options = {"images": image, "text": "USER: <image>\nwhat? ASSISTANT:", "return_tensors": "pt"}
+    expected = processor(**options)
+    for videos in ([], ()):
+        inputs = processor(**options, videos=videos)
+        assert inputs.keys() == expected.keys()
+        assert all(torch.equal(inputs[name], value) for name, value in expected.items())
 
 
 def test_a_video_is_refused(processor):

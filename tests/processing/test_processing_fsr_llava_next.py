@@ -19,6 +19,7 @@ from processing.tiny_tokenizers import clip_tokenizer, llama_tokenizer
 from transformers import AutoProcessor, LlavaNextImageProcessor, LlavaNextProcessor
 
 from fsr_hf import FSRLlavaNextConfig, FSRLlavaNextForConditionalGeneration, FSRLlavaNextProcessor
+from fsr_hf.modeling.guards import get_cache
 from fsr_hf.testing.chat_templates import LLAVA_TEMPLATE
 
 
@@ -104,7 +105,7 @@ def test_placeholders_are_those_of_the_model(processor, model, size):
     candidates = len(tokens) - tokens.count(None)
     assert len(selection.indices) == round(candidates / 9)
     words = inputs["input_ids"].shape[1] - len(tokens)
-    assert output.past_key_values.get_seq_length() == words + len(selection.indices) + 2
+    assert get_cache(output).get_seq_length() == words + len(selection.indices) + 2
 
 
 def test_several_pictures_and_a_batch(processor, model):

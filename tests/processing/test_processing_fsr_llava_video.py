@@ -289,7 +289,7 @@ def test_template_of_a_longer_conversation(processor):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"videos": []}, "`videos` is .*holds no frames"),
+        ({"videos": []}, "1 <video> tokens in the text but no videos"),
         ({"videos": [[]]}, "`videos` is .*holds no frames"),
         ({"videos": clip(0)}, r"`videos` has no frames: its shape is \(0, 30, 50, 3\)"),
         ({"videos": [clip(2), clip(0)], "text": "<video><video>"}, r"`videos\[1\]` has no frames"),
@@ -300,6 +300,14 @@ def test_template_of_a_longer_conversation(processor):
         ({"videos": clip(2), "add_time_instruction": True}, "`add_time_instruction=True`.*`video_metadata`"),
         ({"videos": clip(2), "fps": 1}, "`fps=1` needs the frame rate"),
         ({"videos": clip(2), "num_frames": 0}, "`num_frames=0` is not allowed"),
+        (
+            {"videos": clip(3), "video_metadata": {"fps": 1.0, "total_num_frames": 9, "frames_indices": [0, 8]}},
+            "`video_metadata` has 2 `frames_indices` for a video of 3 frames",
+        ),
+        (
+            {"videos": clip(3), "video_metadata": {"total_num_frames": 9, "frames_indices": [0]}, "num_frames": 2},
+            "`video_metadata` has 1 `frames_indices` for a video of 3 frames",
+        ),
         ({"videos": clip(2), "video_metadata": [{}, {}]}, "`video_metadata` tells of 2 videos.*holds 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -307,6 +315,14 @@ def test_template_of_a_longer_conversation(processor):
 def test_videos_that_cannot_be(processor, options, message):
     with pytest.raises(ValueError, match=message):
         processor(**{"text": "<video>", **options})
+
+
+def test_no_videos_in_a_list_are_none(processor):
+    for options in ({"text": "a b"}, {"text": "<image>", "images": pictures(1)}):
+        expected = processor(**options, return_tensors="pt")
+        inputs = processor(**options, videos=[], return_tensors="pt")
+        assert inputs.keys() == expected.keys()
+        assert all(torch.equal(inputs[name], value) for name, value in expected.items())
 
 
 def test_frames_in_files_of_different_sizes(processor, tmp_path):
