@@ -146,7 +146,9 @@ def _save_qwen3_vl(folder: Path, clip_folder: Path) -> None:
     )
     pixels = {"patch_size": 16, "image_mean": _HALF, "image_std": _HALF}
     processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**pixels, size={"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096}),
+        image_processor=Qwen2VLImageProcessor(
+            **pixels, size={"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096}
+        ),
         tokenizer=tokenizer,
         video_processor=Qwen3VLVideoProcessor(do_sample_frames=False, cap_pixels_per_frame=True),
         chat_template=QWEN_VL_TEMPLATE,
