@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import fsr_hf
+from fsr_hf.modeling.guards import TESTED_UP_TO
 
 
 ROOT = Path(fsr_hf.__file__).parent
@@ -22,15 +23,19 @@ PUBLIC = [
     "FSRConfig",
     "FSRLlavaConfig",
     "FSRLlavaForConditionalGeneration",
+    "FSRLlavaModel",
     "FSRLlavaNextConfig",
     "FSRLlavaNextForConditionalGeneration",
+    "FSRLlavaNextModel",
     "FSRLlavaNextProcessor",
     "FSRLlavaProcessor",
     "FSRLlavaVideoConfig",
     "FSRLlavaVideoForConditionalGeneration",
+    "FSRLlavaVideoModel",
     "FSRLlavaVideoProcessor",
     "FSRQwen2_5_VLConfig",
     "FSRQwen2_5_VLForConditionalGeneration",
+    "FSRQwen2_5_VLModel",
     "VisualSelection",
     "__version__",
     "export",
@@ -157,7 +162,7 @@ def test_every_python_has_one_pin_of_each_requirement(project, tested):
 
 
 def test_one_range_of_transformers(project, tested):
-    """In the metadata, the Makefile, the pinned versions and the change log."""
+    """In the metadata, the Makefile, the pinned versions, the change log and the warning about newer ones."""
     (required,) = (line for line in project["dependencies"] if line.startswith("transformers"))
     floor = re.search(r">=(\d+\.\d+),", required).group(1)
     newest = max(Version(str(pin.specifier)[2:]) for pin in tested if pin.name == "transformers")
@@ -167,6 +172,7 @@ def test_one_range_of_transformers(project, tested):
     assert f"\nFLOOR := {floor}.0\n" in makefile
     assert row.group(2, 3, 4) == (floor, f"{newest.major}.{newest.minor}", required.removeprefix("transformers"))
     assert f"\n## {row.group(1)}" in changes
+    assert (newest.major, newest.minor) == TESTED_UP_TO
 
 
 def test_workflows_call_targets_that_exist():

@@ -1,5 +1,6 @@
 """The README and the pages that it points to: their Python runs, against small checkpoints; what they name exists."""
 
+import inspect
 import re
 from contextlib import redirect_stdout
 from io import StringIO
@@ -10,6 +11,7 @@ import yaml
 from clips import write_clip
 from PIL import Image
 
+from fsr_hf.modeling.generation import FSRGenerationMixin
 from fsr_hf.testing.small_families import export_small_model
 
 
@@ -101,6 +103,14 @@ def test_what_a_page_names_exists(page):
     for name in re.findall(r"\b(?:FSR[A-Z]\w+|FSR_[A-Z_]+)\b", text):
         if "FSRX" not in name:
             assert name in code, name
+
+
+def test_limits_name_what_generate_refuses():
+    text = (ROOT / "docs/limits.md").read_text(encoding="utf-8")
+    for method in (FSRGenerationMixin._check_generation, FSRGenerationMixin._check_continuation):
+        names = re.findall(r'^ {12}"(\w+)": \(', inspect.getsource(method), flags=re.MULTILINE)
+        assert len(names) >= 5
+        assert [name for name in names if not re.search(rf"`{name}\b", text)] == []
 
 
 def test_readme_is_short():

@@ -35,12 +35,12 @@ def questions_with_answers():
 def test_sft(options, tmp_path):
     folder = shapes_vqa_folder()
     model = AutoModel.from_pretrained(folder, fsr_config=options)
-    budget = PATCHES if options else model.config.fsr_config.num_visual_tokens
-    budget = options.get("num_visual_tokens", budget)
+    fsr = model.config.fsr_config
+    budget = fsr.num_visual_tokens if fsr.enabled else PATCHES
     seen, losses = [], []
 
-    def record(module, args, kwargs, output=None):
-        seen.append(kwargs["inputs_embeds"].shape[1])
+    def record(module, args, kwargs):
+        seen.append(tuple(kwargs["inputs_embeds"].shape[:2]))
 
     model.get_decoder().register_forward_pre_hook(record, with_kwargs=True)
     settings = trl.SFTConfig(
@@ -60,7 +60,7 @@ def test_sft(options, tmp_path):
     compute_loss, given = trainer.compute_loss, []
 
     def remember(model, inputs, *args, **kwargs):
-        given.append(inputs["input_ids"].shape[1])
+        given.append(tuple(inputs["input_ids"].shape))
         if not losses:  # what the class itself calls the loss of this batch
             with torch.no_grad():
                 losses.append(float(type(model).forward(model, **inputs).loss))
@@ -70,8 +70,9 @@ def test_sft(options, tmp_path):
     trainer.compute_loss = remember
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    print(f"{options}: {sum(given)} columns in {STEPS} batches of {ROWS} rows, the language model saw {sum(seen)}")
-    assert len(given) == len(seen) == STEPS
-    assert seen == [length - PATCHES + budget for length in given]
+    total, read = (sum(rows * length for rows, length in shapes) for shapes in (given, seen))
+    print(f"{options}: of {total} tokens in {STEPS} batches, the language model saw {read}")
+    assert len(given) == STEPS
+    assert seen == [(rows, length - PATCHES + budget) for rows, length in given]
     assert logged[0] == pytest.approx(losses[0], rel=1e-3)
     assert sum(logged[-3:]) < sum(logged[:3])

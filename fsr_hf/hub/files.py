@@ -45,14 +45,11 @@ def read_json(file: Path) -> dict[str, Any]:
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as JSON: {error}. Take the file from its source again.") from error
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{file} holds {_kind(content)}, but has to hold a JSON object: take the file from its source again."
+        kind = {list: "a list", str: "a string", type(None): "null", bool: "a truth value"}.get(
+            type(content), "a number"
         )
+        raise ValueError(f"{file} holds {kind}, but has to hold a JSON object: take the file from its source again.")
     return content
-
-
-def _kind(content: Any) -> str:
-    return "null" if content is None else f"a {type(content).__name__}"
 
 
 def find_file(folder: Path, name: str) -> Path:

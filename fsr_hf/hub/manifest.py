@@ -106,7 +106,7 @@ def read_manifest(folder: Path) -> Manifest:
         files = {name: Fingerprint(int(e["size"]), str(e["sha256"])) for name, e in content["files"].items()}
         return Manifest(str(content["fsr_hf"]), files)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise ValueError(f"{MANIFEST} cannot be read: {error!r}") from error
+        raise ValueError(f"{MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def compare_manifest(

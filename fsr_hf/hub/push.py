@@ -17,7 +17,10 @@ __all__ = ["Pushed", "push"]
 
 # What a loader may pick up: if the folder does not have it, the repository should not either. A `model.safetensors` of
 # an earlier version, for one, would be loaded in place of all shards.
-_LOADED = ("*.json", "*.jinja", "*.py", "*.safetensors", "*.bin", "*.model", "query_tokenizer/*", "chat_templates/*")
+_LOADED = (
+    *("*.bin", "*.jinja", "*.json", "*.model", "*.pkl", "*.pt", "*.pth", "*.py", "*.safetensors"),
+    *("merges.txt", "vocab.txt", "query_tokenizer/*"),
+)
 _LOCAL = (".*", "*/.*", "__pycache__/*", "*/__pycache__/*")
 
 

@@ -53,9 +53,13 @@ def find_weights(folder: Path) -> dict[str, Path]:
             "one can run code that is in it: `from_pretrained(...)`, then `save_pretrained(...)`, converts them."
         )
     index = find_file(folder, INDEX)
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f'{index} needs a `weight_map`, `{{"tensor": "file"}}`: take the file from its source again.')
+    content = read_json(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(content.get("metadata"), dict):
+        raise ValueError(
+            f'{index} needs a `weight_map`, `{{"tensor": "file"}}`, and `metadata`, `{{"total_size": bytes}}`: take '
+            "the file from its source again."
+        )
     shards = {*map(str, weight_map.values())}
     strange = sorted(name for name in shards if os.path.basename(name) != name or not name.endswith(".safetensors"))
     if strange:

@@ -158,7 +158,10 @@ def get_conversation(cache: Any) -> Conversation | None:
 
 def is_pruned_cache(cache: Any) -> bool:
     """Whether a cache that is not empty holds a prompt that FSR compressed."""
-    return getattr(cache, _NEXT_POSITION, None) is not None and bool(_entries(cache))
+    if getattr(cache, _NEXT_POSITION, None) is None or not _entries(cache):
+        return False
+    conversation = getattr(cache, _CONVERSATION, None)
+    return conversation is None or bool(conversation.pruned_rows.any())
 
 
 def _entries(cache: Any) -> int:

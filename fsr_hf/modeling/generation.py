@@ -195,7 +195,8 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
         is_one_each = len(compressed) == len(prompt.input_ids) and (options.num_beams or 1) == 1
         if not is_one_each or not prompt.input_ids.shape[1] <= cached <= compressed.shape[1]:
             forget(cache)
-            remember_positions(cache, prompt.position_ids)
+            if prompt.pruned_rows.any():
+                remember_positions(cache, prompt.position_ids)
             return
         steps = torch.arange(1, num_new + 1, device=prompt.position_ids.device)
         positions = torch.cat([prompt.position_ids, prompt.position_ids[..., -1:] + steps], dim=-1)

@@ -62,9 +62,9 @@ class FSRLlavaNextModel(CLIPTowerMixin, LlavaNextModel):
         return items
 
     def take_items(self, numbers: dict[str, list[int]], **visual: Any) -> dict[str, Any]:
-        views = self._num_views(list_sizes(visual["image_sizes"]))
-        pixel_values = take_views(visual["pixel_values"], views, numbers["image"])
-        return visual | {"pixel_values": pixel_values, "image_sizes": visual["image_sizes"][numbers["image"]]}
+        sizes = list_sizes(visual["image_sizes"])
+        pixel_values = take_views(visual["pixel_values"], self._num_views(sizes), numbers["image"])
+        return visual | {"pixel_values": pixel_values, "image_sizes": [sizes[number] for number in numbers["image"]]}
 
     def encode_items(
         self,

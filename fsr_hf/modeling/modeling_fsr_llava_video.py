@@ -340,4 +340,4 @@ _ORIGINAL_NAMES = (
     _OriginalName(r"^model\.(embed_tokens|layers|norm)\.", r"language_model.model.\1."),
 )
 register_stock_keys(FSRLlavaVideoForConditionalGeneration, "llava_next", _ORIGINAL_NAMES)
-register_stock_keys(FSRLlavaVideoModel, "LlavaOnevisionModel")
+register_stock_keys(FSRLlavaVideoModel, "LlavaOnevisionModel", _ORIGINAL_NAMES)

@@ -31,7 +31,18 @@ class QwenVLMixin(FSRModelMixin):
     pixel_inputs = tuple(pixels for pixels, _ in _INPUTS.values())
     # What `get_rope_index` takes beside ids, mask and token types.
     rope_deltas: Any
+    visual: Any
     rope_inputs: ClassVar[tuple[str, ...]] = ("image_grid_thw", "video_grid_thw")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For hidden states of the tower, transformers puts hooks on its blocks that cannot be pickled. It puts them
+        # there again when the next call asks for hidden states.
+        if self.visual.__dict__.pop("_output_capturing_hooks_installed", False):
+            for module in self.visual.modules():
+                for number, hook in list(module._forward_hooks.items()):
+                    if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+                        del module._forward_hooks[number]
+        return dict(self.__dict__)
 
     # ------------------------------------------------------------------ images and videos of a prompt
 

@@ -31,11 +31,14 @@ class TurnMarkers(NamedTuple):
             What may follow the user's words: the end of the turn, the header of the answer.
         system_end (`str`):
             What ends a system prompt that the template writes inside the user's turn, such as `<</SYS>>`, else `""`.
+        answer_end (`str`):
+            What ends an answer, such as `</s>`, else `""`.
     """
 
     user: str
     end: tuple[str, ...]
     system_end: str
+    answer_end: str
 
 
 def find_turn_markers(tokenizer: Any, chat_template: str) -> TurnMarkers | None:
@@ -90,16 +93,16 @@ def find_turn_markers(tokenizer: Any, chat_template: str) -> TurnMarkers | None:
 
     guided = render([("system", system), talk[0]], as_list)
     system_end = guided.partition(system)[2].partition(question)[0].strip()
-    return TurnMarkers(user, end, "" if user in system_end else system_end)
+    return TurnMarkers(user, end, "" if user in system_end else system_end, answer_end.strip())
 
 
 def last_user_words(text: str, markers: TurnMarkers) -> str:
     """
     Cut the user's last turn out of a rendered prompt.
 
-    A header counts only once the turn before it has ended, so a question may quote it. Where the text ends as if an
-    answer came next, the question goes up to there and may quote what ends a turn; else its first such words end it.
-    A text without any header is a question from its beginning on.
+    A header counts only once the turn before it has ended, so a question may quote it. A text without any header is a
+    question from its beginning on. The first marker of an end ends the question; where the text ends with all of them,
+    as a prompt for an answer does, the last ones do, so that the question may quote them, too.
     """
     start = text.find(markers.user) if markers.user else -1
     start = 0 if start < 0 else start + len(markers.user)
@@ -115,7 +118,8 @@ def last_user_words(text: str, markers: TurnMarkers) -> str:
             break
         asked = asked.removesuffix(marker).rstrip()
     else:
-        stop = max(stop, len(asked))
+        if not markers.answer_end or markers.answer_end not in text[stop : len(asked)]:
+            stop = max(stop, len(asked))
     words = text[start:stop]
     return words.rpartition(markers.system_end)[2] if markers.system_end else words
 

@@ -27,25 +27,22 @@ DEFAULTS = {
     "invert_relevance": True,
     "text_encoder_config": None,
     "pool": None,
-    "newline": None,
     "positions": None,
 }
 # What a family puts in the place of None.
 FAMILY_DEFAULTS = {
-    FSRLlavaConfig: {"num_visual_tokens": 128, "pool": "item", "newline": "drop", "positions": "compact"},
-    FSRLlavaNextConfig: {"retention_ratio": 1 / 9, "pool": "view", "newline": "drop", "positions": "compact"},
+    FSRLlavaConfig: {"num_visual_tokens": 128, "pool": "item", "positions": "compact"},
+    FSRLlavaNextConfig: {"retention_ratio": 1 / 9, "pool": "view", "positions": "compact"},
     FSRQwen2_5_VLConfig: {
         "retention_ratio": 0.5,
         "relevance": "none",
         "pool": "item",
-        "newline": "drop",
         "positions": "original",
     },
     FSRLlavaVideoConfig: {
         "retention_ratio": 0.2,
         "relevance": "none",
         "pool": "item",
-        "newline": "drop",
         "positions": "compact",
     },
 }
@@ -65,7 +62,6 @@ ALLOWED = {
     "invert_relevance": [True, False],
     "text_encoder_config": [None, {}, {"hidden_size": 32}, CLIPTextConfig(hidden_size=48)],
     "pool": ["view", "item", None],
-    "newline": ["drop", "keep", None],
     "positions": ["compact", "original", None],
 }
 NO_NUMBERS = [True, False, None, "1", [1], math.nan, math.inf, -math.inf, np.float32(1.0)]
@@ -83,7 +79,6 @@ REFUSED = {
     "invert_relevance": [None, 0, 1, "false"],
     "text_encoder_config": ["openai/clip-vit-large-patch14", 3, True, ["hidden_size"]],
     "pool": ["frame", True, 0],
-    "newline": ["none", True, 0],
     "positions": ["rope", True, 0],
 }
 TEXT = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "projection_dim": 8, "vocab_size": 60}
@@ -161,7 +156,6 @@ def test_refused_values_are_named_with_what_is_allowed(name, value):
         "focus_mass": '"all" or "budget"',
         "relevance": '"clip", "none"',
         "pool": '"view", "item"',
-        "newline": '"drop", "keep"',
         "positions": '"compact", "original"',
     }.get(name, "a number >= 0")
     config, parent = FSRConfig(), family()
@@ -293,7 +287,6 @@ def test_family_defaults(family):
         assert fields_of(config.fsr_config) == DEFAULTS | FAMILY_DEFAULTS[family]
     settings = {
         "pool": "view",
-        "newline": "keep",
         "positions": "original",
         "retention_ratio": 0.1,
         "relevance": "none",
@@ -472,7 +465,7 @@ def test_a_budget_that_is_taken_away_leaves_the_familys_default(duplicate, famil
         {"num_visual_tokens": 64},
         {"retention_ratio": 0.3, "alpha": 2, "beta": 0, "rho": 1, "kappa": 5, "enabled": False},
         {"text_encoder_config": TEXT, "invert_relevance": False, "focus_mass": "budget"},
-        {"pool": "view", "newline": "keep", "positions": "original"},
+        {"pool": "view", "positions": "original"},
     ],
 )
 def test_three_generations_are_equal(settings, family, tmp_path):
@@ -506,6 +499,12 @@ def test_the_file_holds_fields_of_fsr_alone(family, tmp_path):
         assert nested["text_encoder_config"].items() >= {**TEXT, "model_type": "clip_text_model"}.items()
     assert config.to_dict()["fsr_config"].keys() == nested.keys()
     assert json.loads(config.to_json_string()) == stored
+
+
+def test_a_field_that_is_gone_is_refused_with_what_replaces_it(family):
+    for act in (lambda: FSRConfig(newline="keep"), lambda: family(fsr_config={"newline": "keep"})):
+        with pytest.raises(ValueError, match=r"no more: `newline='keep'`: newline tokens .* are always dropped"):
+            act()
 
 
 def test_a_foreign_key_in_the_file_is_refused(family, tmp_path):
@@ -635,3 +634,11 @@ def test_a_misspelt_field_cannot_be_assigned():
 def test_made_of_the_fields_of_a_stock_config():
     config = FSRLlavaConfig(**LlavaConfig().to_dict())
     assert config.model_type == config.to_dict()["model_type"] == "fsr_llava"
+
+
+@pytest.mark.parametrize("value", ["drop", "keep"])
+def test_a_field_of_an_older_config_is_refused_by_name(value):
+    with pytest.raises(ValueError, match=rf"`newline='{value}'`: newline tokens .* always dropped.*Take it out"):
+        FSRConfig(newline=value)
+    with pytest.raises(ValueError, match="newline tokens"):
+        FSRLlavaNextConfig(fsr_config={"newline": value})

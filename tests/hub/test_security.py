@@ -217,6 +217,20 @@ def test_verify_finds_what_would_be_loaded_instead(attack, line, is_listed, fold
     assert line in pushed.stderr or "leads out of the folder" in pushed.stderr
 
 
+@pytest.mark.parametrize("version", [__version__, "9.9.9"])
+def test_no_code_is_run_that_was_not_compared(version, folder, tmp_path):
+    """`--run` runs the code of a folder: a manifest that claims another version keeps it from being compared."""
+    (folder / "fsr.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    write_manifest(folder)
+    edit_json(folder / "fsr_manifest.json", lambda c: c.update(fsr_hf=version))
+    done = CliRunner().invoke(app, ["verify", str(folder), "--run"])
+    expected = (
+        "fsr.py is not that of" if version == __version__ else "its code is said to be of fsr-hf 9.9.9, and could"
+    )
+    assert done.exit_code == 1 and done.stdout.startswith(expected) and done.stdout.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
+
+
 def test_all_zero_weights_are_what_transformers_would_load(folder):
     """The attack works: this is why two sets of weights are a difference."""
     zeros_beside_the_shards(folder)
@@ -379,12 +393,14 @@ def test_shards_are_files_of_the_source(shard, link, source, tmp_path):
     shutil.move(source / "model.safetensors", tmp_path / "outside.safetensors")
     names = load_file(tmp_path / "outside.safetensors")
     shard = shard.format(tmp_path=tmp_path)
-    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+    (source / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, shard)})
+    )
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"may only name .safetensors files beside it, without a path: .*x?.safe"):
         export(source, tmp_path / "fsr", link=link, progress=False)
     (source / "shard.safetensors").symlink_to(tmp_path / "outside.safetensors")
-    index = {"weight_map": dict.fromkeys(names, "shard.safetensors")}
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "shard.safetensors")}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"shard\.safetensors leads out of the folder"):
         export(source, tmp_path / "fsr", link=link, progress=False)
@@ -399,8 +415,8 @@ OTHER_CODE = "names other code.*Remove it|names other code.*remove it"
     [
         ("config.json", b"[]", "config.json holds a list, but has to hold a JSON object"),
         ("config.json", b"null", "config.json holds null, but"),
-        ("config.json", b'"llava"', "config.json holds a str, but"),
-        ("config.json", b"7", "config.json holds a int, but"),
+        ("config.json", b'"llava"', "config.json holds a string, but"),
+        ("config.json", b"7", "config.json holds a number, but"),
         ("config.json", b"{", "config.json cannot be read as JSON"),
         ("config.json", b"\xff\xfe", "config.json cannot be read as JSON"),
         ("config.json", b"[" * 100_000, "config.json cannot be read as JSON"),
@@ -422,9 +438,18 @@ OTHER_CODE = "names other code.*Remove it|names other code.*remove it"
         ("model.safetensors.index.json", b"{}", "needs a `weight_map`"),
         ("model.safetensors.index.json", b"[]", "index.json holds a list"),
         ("model.safetensors.index.json", {"weight_map": []}, "needs a `weight_map`"),
-        ("model.safetensors.index.json", {"weight_map": {"x": 1}}, "may only name .safetensors files"),
-        ("model.safetensors.index.json", {"weight_map": {"x": None}}, "may only name .safetensors files"),
-        ("model.safetensors.index.json", {"weight_map": {"x": "y.safetensors"}}, "lacks shards .*: y.safetensors"),
+        ("model.safetensors.index.json", {"weight_map": {"x": "y.safetensors"}}, "and `metadata`"),
+        ("model.safetensors.index.json", {"metadata": {}, "weight_map": {"x": 1}}, "may only name .safetensors files"),
+        (
+            "model.safetensors.index.json",
+            {"metadata": {}, "weight_map": {"x": None}},
+            "may only name .safetensors files",
+        ),
+        (
+            "model.safetensors.index.json",
+            {"metadata": {}, "weight_map": {"x": "y.safetensors"}},
+            "lacks shards .*: y.safetensors",
+        ),
         ("tokenizer.json", None, "has no tokenizer.json"),
         ("tokenizer.json", b"[]", "tokenizer.json holds a list"),
         ("tokenizer.json", b"{}", "would not load whole"),

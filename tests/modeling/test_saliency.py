@@ -1,11 +1,16 @@
-"""The [CLS] row of a block, against the attention maps that the tower itself returns under eager attention."""
+"""
+The [CLS] row of a block, against the attention maps that the tower itself returns under eager attention; and which
+block a feature layer names.
+"""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from families import CLIP_VISION_CONFIG, initialize
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from fsr_hf.modeling.saliency import cls_attention
+from fsr_hf.modeling.saliency import cls_attention, resolve_feature_layer
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +90,24 @@ def test_modules_are_called(tower, pixels):
 def test_no_gradient(tower, pixels):
     hidden_states = run(tower, pixels).hidden_states[1].requires_grad_()
     assert not cls_attention(tower.encoder.layers[1], hidden_states).requires_grad
+
+
+def config_of(tower, layer=-2):
+    return SimpleNamespace(vision_config=tower.config, vision_feature_layer=layer)
+
+
+@pytest.mark.parametrize("layer", [-4, -3, -2, -1, 1, 2, 3, 4])
+def test_feature_layers(tower, pixels, layer):
+    """As an index of hidden states, which begin with what the first block reads."""
+    states = run(tower, pixels).hidden_states
+    for number in (resolve_feature_layer(config_of(tower), layer), resolve_feature_layer(config_of(tower, layer))):
+        assert 1 <= number <= 4
+        assert torch.equal(states[number], states[layer])
+
+
+@pytest.mark.parametrize("layer", [0, 5, 99, -5, -7, True, 2.0, "2", [1], [-2, -1], (3,)], ids=str)
+def test_refused_feature_layers(tower, layer):
+    for config, argument in ((config_of(tower, layer), None), (config_of(tower), layer)):
+        with pytest.raises(ValueError, match=r"`vision_feature_layer=.* 1 to 4 or -4 to -1, since saliency") as error:
+            resolve_feature_layer(config, argument)
+        assert f"`vision_feature_layer={layer!r}`" in str(error.value)

@@ -271,6 +271,8 @@ def test_the_markers_of_a_template_are_found(name, add_generation_prompt, image)
         ([first, answer, second, answer, second, answer, turn("user", "and now?")], "and now?"),
     ]:
         prompt = processor.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt)
+        if name == "llava" and add_generation_prompt and conversation[-1] is answer:
+            continue  # two headers of an answer, and nothing between them that tells an answer from a question
         assert processor.queries_from_text([prompt]) == [expected], prompt
         assert processor.queries_from_text([prompt.strip()]) == [expected], prompt
 
