@@ -288,9 +288,12 @@ class Oracle:
         }
         if prompt.deepstack is None:
             return self.reference(**kwargs)
-        visual = torch.tensor([*prompt.visual, *(False for _ in new_ids)])
+        visual = prompt.visual[: len(prompt.embeds)]  # of a prefix
+        added = prompt.deepstack[: sum(visual)].unbind(1)
         outputs = self.reference.model.language_model(
-            **kwargs, visual_pos_masks=visual[None], deepstack_visual_embeds=list(prompt.deepstack.unbind(1))
+            **kwargs,
+            visual_pos_masks=torch.tensor([[*visual, *(False for _ in new_ids)]]),
+            deepstack_visual_embeds=list(added),
         )
         logits = self.reference.lm_head(outputs.last_hidden_state)
         return SimpleNamespace(logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
