@@ -61,7 +61,7 @@ def test_export_works_in_a_clean_process(stock, tmp_path):
     assert [len(selection.indices) for selection in out.visual_selections] == [3]
     # A second export, of what the clean process saved, has the same code.
     files = {path.name: path.read_text() for path in folder.glob("*.py")}
-    assert "attention_received" in files["saliency.py"] and "relevance.py" not in files
+    assert "attention_received" in files["saliency.py"] and "clip_tower.py" not in files
     assert files == {path.name: path.read_text() for path in (tmp_path / "clean" / "whole").glob("*.py")}
 
 

@@ -294,7 +294,12 @@ def test_seconds_of_videos(positions, monkeypatch):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_budget_of_each_turn(name):
-    """A budget of the call; pictures within it stay whole in the cache."""
+    """A budget of the call; pictures within it, some or all, stay whole in the cache."""
     family = FAMILIES[name]
-    for budget in ({"num_visual_tokens": 16}, {"retention_ratio": 0.6}):
+    for budget in (
+        {"num_visual_tokens": 16},
+        {"num_visual_tokens": 30},
+        {"retention_ratio": 0.6},
+        {"retention_ratio": 1},
+    ):
         converse(family, turns_of(family), settings=budget, **budget)

@@ -289,7 +289,6 @@ def test_template_of_a_longer_conversation(processor):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"videos": []}, "1 <video> tokens in the text but no videos"),
         ({"videos": [[]]}, "`videos` is .*holds no frames"),
         ({"videos": clip(0)}, r"`videos` has no frames: its shape is \(0, 30, 50, 3\)"),
         ({"videos": [clip(2), clip(0)], "text": "<video><video>"}, r"`videos\[1\]` has no frames"),
