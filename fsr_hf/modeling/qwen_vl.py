@@ -165,11 +165,9 @@ class QwenVLMixin(FSRModelMixin):
         query, key = apply_rotary_pos_emb_vision(query, key, cos.to(query.device), sin.to(query.device))
         slices = [h * w for t, h, w in grid.tolist() for _ in range(t)]  # an image, or a temporal slice of a video
         received = attention_received(query, key, slices, attention.scaling).unflatten(0, (-1, unit)).mean(-1)
-        return (
-            received
-            if order is None
-            else torch.empty_like(received).index_copy(0, order.to(received.device), received)
-        )
+        if order is None:
+            return received
+        return torch.empty_like(received).index_copy(0, order.to(received.device), received)
 
     def block_order(self, grid: torch.Tensor) -> torch.Tensor | None:
         """
