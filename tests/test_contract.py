@@ -659,6 +659,19 @@ def test_prompt_lookup(case, candidates, options):
     assert candidates[0] == 3
 
 
+def test_prompt_lookup_that_proposes_a_placeholder(case, candidates):
+    """The prompt ends in the words that stand before its picture; a placeholder among the candidates is a word."""
+    item = case.family.item(seed=20)
+    first = item.token_ids.index(next(token for token in item.token_ids if token in case.family.placeholder_ids))
+    row = [BOS, 7, item, 8, 9, *item.token_ids[:first], 7, *item.token_ids[:first]]
+    expected = case.oracle.decode(case.compress([row]), 12)[0]
+    tokens = case.generate(case.family.inputs([row]), prompt_lookup_num_tokens=4, max_new_tokens=12)
+    assert torch.equal(tokens, expected)
+    assert candidates[0] == 4
+    without_cache = case.generate(case.family.inputs([row]), use_cache=False, max_new_tokens=12)
+    assert torch.equal(without_cache, expected)
+
+
 def text_model(hidden_size):
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -998,6 +1011,17 @@ def test_pixels_without_ids(case, no_work):
     inputs = {name: value for name, value in case.inputs.items() if name != "input_ids"}
     with pytest.raises(ValueError, match="Pixels need `input_ids`"):
         case.model.generate(**inputs, max_new_tokens=2)
+
+
+def test_empty_pixels_are_none(case):
+    """What some collators pass for a batch of words alone."""
+    text = case.family.inputs([case.rows[2]], query=False)
+    item = next(part for part in case.rows[0] if isinstance(part, Item))
+    empty = {name: value[:0] for name, value in item.inputs.items()}
+    expected = case.generate(text)
+    assert torch.equal(case.generate({**text, **empty}), expected)
+    with torch.no_grad():
+        assert torch.equal(case.model(**text, **empty).logits, case.model(**text).logits)
 
 
 def test_masks_of_other_shapes(case, no_work):

@@ -224,7 +224,7 @@ def test_an_answer_that_is_begun(pipe, model, processor, images, prefills):
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"num_beams": 3}, {"repetition_penalty": 1.5}, {"min_new_tokens": 3}, {"prompt_lookup_num_tokens": 1}],
+    [{"num_beams": 3}, {"repetition_penalty": 1.5}, {"min_new_tokens": 3}, {"prompt_lookup_num_tokens": 2}],
     ids=str,
 )
 def test_other_ways_to_generate(pipe, model, processor, images, kwargs):

@@ -146,13 +146,18 @@ class FSRModelMixin(TextEncoderMixin):
     # ------------------------------------------------------------------ compression
 
     def pop_visual(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """Take the visual inputs out of `kwargs`; `None` (and nothing taken) if there are no pixels."""
+        """Take the visual inputs out of `kwargs`; `None` (and nothing taken but empty ones) if there are no pixels."""
         if kwargs.get("pixel_values_videos") is not None and "pixel_values_videos" not in self.visual_inputs:
             raise ValueError(
                 f"`pixel_values_videos` is not supported: {type(self).__name__} takes images alone. Pass frames as "
                 "images, or use a model for videos (FSRLlavaVideo, FSRQwen2_5_VL)."
             )
+        empty = [name for name in self.pixel_inputs if kwargs.get(name) is not None and not len(kwargs[name])]
+        for name in empty:
+            del kwargs[name]
         if all(kwargs.get(name) is None for name in self.pixel_inputs):
+            for name in self.visual_inputs if empty else ():
+                kwargs.pop(name, None)
             return None
         visual = {name: kwargs.pop(name) for name in self.visual_inputs if name in kwargs}
         # Only the host reads sizes, grids and numbers: one copy here in place of one for each use.
@@ -449,11 +454,31 @@ class FSRModelMixin(TextEncoderMixin):
             if positions is not None:
                 kwargs["position_ids"] = positions
         if getattr(guard, "model", None) is self:
+            num_beyond = input_ids.shape[1] - guard.length + (0 if cache is None else guard.columns_fed)
+            if is_kept and num_beyond > 0 and len(input_ids) == 1:
+                kept = kwargs["mm_encoder_outputs"] = self._with_words(kept, input_ids[:, -num_beyond:])
             num_features = sum(len(f) for output in (kept or {}).values() for f in output.pooler_output)
             guard.check_inputs(input_ids.shape[1], num_features, {"attention_mask": attention_mask, **kwargs})
         if is_kept:
             return self._forward_kept(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         return self._forward_stock(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def _with_words(self, kept: dict[str, Any], input_ids: torch.Tensor) -> dict[str, Any]:
+        """
+        The visual tokens of a prompt, followed by the embeddings of placeholders behind it: prompt lookup may propose
+        one, which is a word there. For one row; in a batch without a cache the stock class raises if there is one.
+        """
+        kept = dict(kept)
+        for modality, output in kept.items():
+            words = input_ids[input_ids == self.placeholder_ids[modality]]  # waits for the device
+            if len(words):
+                features = {"pooler_output": [*output.pooler_output, self.get_input_embeddings()(words)]}
+                if (depths := output.get("deepstack_features")) is not None:
+                    features["deepstack_features"] = [
+                        [*d, torch.zeros_like(features["pooler_output"][-1])] for d in depths
+                    ]
+                kept[modality] = type(output)(**{**output, **features})
+        return kept
 
     def _forward_stock(self, **inputs):
         return super().forward(**inputs, return_dict=True)

@@ -56,12 +56,6 @@ class FSRQwen2_5_VLModel(QwenVLMixin, Qwen2_5_VLModel):
             )
         return grids
 
-    def take_items(self, numbers: dict[str, list[int]], **visual: Any) -> dict[str, Any]:
-        taken = super().take_items(numbers, **visual)
-        if visual.get("second_per_grid_ts") is not None:
-            taken["second_per_grid_ts"] = [visual["second_per_grid_ts"][number] for number in numbers["video"]]
-        return taken
-
     def block_order(self, grid: torch.Tensor) -> torch.Tensor:
         # By windows, which do not cross slices.
         tower: Any = self.visual
