@@ -71,9 +71,9 @@ class QwenVLMixin(FSRModelMixin):
         for (row, _, end, modality), (next_row, start, _, next_modality) in pairwise(runs):
             if (row, end + 1, modality) == (next_row, start, next_modality):
                 raise ValueError(
-                    f"{modality.capitalize()} tokens do not match the {modality}s: in row {row}, two (or two frames) "
-                    f"stand side by side at column {start}. Positions need a token between them, such as "
-                    f"`vision_end_token_id` ({self.config.vision_end_token_id})."
+                    f"{modality.capitalize()} tokens do not match the {modality}s: in row {row}, two stand side by "
+                    f"side at column {start}. Positions need a token between them (and between the frames of a video "
+                    f"of several runs), such as `vision_end_token_id` ({self.config.vision_end_token_id})."
                 )
         return items
 
