@@ -261,7 +261,9 @@ class Oracle:
                     columns.append(len(ids) + i)
                     visual.append(i in placeholders)
                 ids += part.token_ids
-            if self.family.positions is not None and fsr.positions == "original":
+            if fsr.positions == "original" and self.family.positions is None:
+                positions = torch.tensor([columns])
+            elif fsr.positions == "original":
                 positions = self.family.positions(self.reference, inputs)[..., columns]
             else:
                 positions = torch.arange(len(columns))[None]

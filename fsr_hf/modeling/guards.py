@@ -44,9 +44,8 @@ VERSION = tuple(map(int, re.findall(r"\d+", transformers_version)[:2]))
 
 # What the installed version calls the cache: 5.24 renamed it.
 _CACHE_NAMES = ("cache", "past_key_values")
-_CACHE_NAME = next(
-    n for n in _CACHE_NAMES if n in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-)
+_NAMES = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+_CACHE_NAME = next((name for name in _CACHE_NAMES if name in _NAMES), _CACHE_NAMES[VERSION < (5, 24)])
 _UNPRUNED = "unpruned"
 _calls = threading.local()
 
@@ -70,9 +69,11 @@ def name_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def get_cache(values: Any) -> Any:
-    """The cache in keyword arguments or in an output, under either of its names."""
-    cache = values.get("cache")
-    return values.get("past_key_values") if cache is None else cache
+    """The cache in an output, or in keyword arguments under either of its names."""
+    cache = values.get(_CACHE_NAME)
+    if cache is None and type(values) is dict:  # outputs warn of the other name
+        cache = next((values[name] for name in _CACHE_NAMES if values.get(name) is not None), None)
+    return cache
 
 
 def cache_length(cache: Any) -> int | None:
