@@ -12,6 +12,7 @@ from .configuration.configuration_fsr_llava import FSRLlavaConfig
 from .configuration.configuration_fsr_llava_next import FSRLlavaNextConfig
 from .configuration.configuration_fsr_llava_video import FSRLlavaVideoConfig
 from .configuration.configuration_fsr_qwen2_5_vl import FSRQwen2_5_VLConfig
+from .configuration.configuration_fsr_qwen3_vl import FSRQwen3VLConfig
 from .configuration.remote_code import RemoteCodeMixin
 from .hub.export import export
 from .hub.families import FAMILIES
@@ -21,6 +22,7 @@ from .modeling.modeling_fsr_llava import FSRLlavaForConditionalGeneration, FSRLl
 from .modeling.modeling_fsr_llava_next import FSRLlavaNextForConditionalGeneration, FSRLlavaNextModel
 from .modeling.modeling_fsr_llava_video import FSRLlavaVideoForConditionalGeneration, FSRLlavaVideoModel
 from .modeling.modeling_fsr_qwen2_5_vl import FSRQwen2_5_VLForConditionalGeneration, FSRQwen2_5_VLModel
+from .modeling.modeling_fsr_qwen3_vl import FSRQwen3VLForConditionalGeneration, FSRQwen3VLModel
 from .processing.processing_fsr_llava import FSRLlavaProcessor
 from .processing.processing_fsr_llava_next import FSRLlavaNextProcessor
 from .processing.processing_fsr_llava_video import FSRLlavaVideoProcessor
@@ -44,6 +46,9 @@ __all__ = [
     "FSRQwen2_5_VLConfig",
     "FSRQwen2_5_VLForConditionalGeneration",
     "FSRQwen2_5_VLModel",
+    "FSRQwen3VLConfig",
+    "FSRQwen3VLForConditionalGeneration",
+    "FSRQwen3VLModel",
     "VisualSelection",
     "__version__",
     "export",

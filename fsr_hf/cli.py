@@ -14,6 +14,7 @@ Families:
   LLaVA-1.5    llava-hf/llava-1.5-7b-hf          128 tokens  images
   LLaVA-NeXT   llava-hf/llava-v1.6-vicuna-7b-hf  1/9         images
   Qwen2.5-VL   Qwen/Qwen2.5-VL-7B-Instruct       1/2         images, videos
+  Qwen3-VL     Qwen/Qwen3-VL-8B-Instruct         1/2         images, videos
   LLaVA-Video  lmms-lab/LLaVA-Video-7B-Qwen2     1/5         images, videos
 \b
 The default is what is kept of each image or video. In LLaVA-1.5 and LLaVA-NeXT

@@ -27,12 +27,15 @@ from transformers import (
     PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from fsr_hf.modeling.modeling_fsr_llava import FSRLlavaForConditionalGeneration
 from fsr_hf.modeling.modeling_fsr_llava_next import FSRLlavaNextForConditionalGeneration
 from fsr_hf.modeling.modeling_fsr_llava_video import FSRLlavaVideoForConditionalGeneration
 from fsr_hf.modeling.modeling_fsr_qwen2_5_vl import FSRQwen2_5_VLForConditionalGeneration
+from fsr_hf.modeling.modeling_fsr_qwen3_vl import FSRQwen3VLForConditionalGeneration
 
 
 __all__ = ["FAMILIES", "Family", "Item", "initialize", "llava_next_item", "llava_next_layout", "models"]
@@ -96,9 +99,9 @@ class Item:
 
     Args:
         modality (`str`): `"image"` or `"video"`.
-        token_ids (`list[int]`): What stands for it in a prompt: one run of placeholders, and what belongs around it.
+        token_ids (`list[int]`): What stands for it in a prompt: its placeholders, and what belongs around them.
         inputs (`dict[str, torch.Tensor]`): Its share of the model's inputs; `Family.collate` joins them.
-        length (`int`): Placeholders in the run.
+        length (`int`): Its placeholders.
     """
 
     modality: str
@@ -416,6 +419,82 @@ QWEN2_5_VL = Family(
 )
 
 
+# --- Qwen3-VL ---
+
+
+def qwen3_item(grid: tuple[int, int, int], generator: torch.Generator, modality: str = "image") -> Item:
+    """An image or a video of any size; before each frame of a video stands its timestamp, of one or two words."""
+    item = qwen_item(grid, generator, modality)
+    if modality == "video":
+        del item.inputs["second_per_grid_ts"]
+        frames, area = grid[0], item.length // grid[0]
+        item.token_ids = []
+        for frame in range(frames):
+            item.token_ids += [*range(100 + frame, 101 + frame + frame % 2)]
+            item.token_ids += [VISION_START, *[VIDEO_TOKEN] * area, VISION_END]
+    return item
+
+
+def qwen3_layout(reference, item: Item, clip, query, pool: str = "item") -> Layout:
+    pixels, grid = item.inputs.values()
+    features = reference.get_image_features if item.modality == "image" else reference.get_video_features
+    outputs = features(pixels, grid)
+    run = torch.cat(list(outputs.pooler_output))
+    saliency = received_attention(reference.model.visual, pixels, grid)
+    frames = int(grid[0, 0]) if pool == "view" else 1
+    pools = [
+        Pool(run[numbers], saliency[numbers], None, numbers.tolist())
+        for numbers in torch.arange(len(run)).chunk(frames)
+    ]
+    return Layout(run, pools, deepstack=[torch.cat(list(rows)) for rows in outputs.deepstack_features])
+
+
+QWEN3_VL = Family(
+    name="qwen3_vl",
+    model_class=FSRQwen3VLForConditionalGeneration,
+    config={
+        "vision_config": {
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "patch_size": 4,
+            "temporal_patch_size": 2,
+            "out_hidden_size": TEXT_CONFIG["hidden_size"],
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 2],
+        },
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            **TEXT_CONFIG,
+            "num_hidden_layers": 3,
+            "head_dim": 12,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 2, 2],
+                "mrope_interleaved": True,
+            },
+        },
+        "image_token_id": IMAGE_TOKEN,
+        "video_token_id": VIDEO_TOKEN,
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+    },
+    reference_class=Qwen3VLForConditionalGeneration,
+    reference_config_class=Qwen3VLConfig,
+    make_item=lambda kind, generator: qwen3_item(QWEN_GRIDS[kind], generator, "video" if kind == "video" else "image"),
+    layout=qwen3_layout,
+    placeholder_ids=(IMAGE_TOKEN, VIDEO_TOKEN),
+    kinds=tuple(QWEN_GRIDS),
+    fsr_config={"num_visual_tokens": 8, "rho": 0.3},
+    more_inputs=_qwen_token_types,
+    positions=_qwen_positions,
+    supports_guidance=False,
+    tower="model.visual",
+)
+
+
 # --- LLaVA-Video ---
 
 SIGLIP_PIXELS, SIGLIP_SIDE = 35, 5  # of a frame or a view: an odd number of patches is pooled to 3 or to 2
@@ -546,7 +625,9 @@ LLAVA_VIDEO = Family(
 )
 
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAVA, LLAVA_NEXT, QWEN2_5_VL, LLAVA_VIDEO)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAVA, LLAVA_NEXT, QWEN2_5_VL, QWEN3_VL, LLAVA_VIDEO)
+}
 
 
 @functools.cache

@@ -6,6 +6,7 @@ the equations, embeddings and positions put together by hand, and decoding with 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -43,11 +44,14 @@ class Layout:
         run (`torch.Tensor` of shape `(placeholders, hidden_size)`): What the stock model puts into the placeholders.
         pools (`list[Pool]`): Its candidates.
         newlines (`dict[int, list[int]]`): For each newline, its place in the run: the places of the tokens of its row.
+        deepstack (`list[torch.Tensor]`): What the first layers of the language model add to the placeholders, one like
+            `run` for each layer.
     """
 
     run: torch.Tensor
     pools: list[Pool]
     newlines: dict[int, list[int]] = field(default_factory=dict)
+    deepstack: list[torch.Tensor] = field(default_factory=list)
 
 
 # --- Scores ---
@@ -91,13 +95,17 @@ def clip_scores(tower, clip, pixel_values, query, block: int):
 
 @dataclass
 class Selection:
-    """One item after Focus, Scan and Refine; every number is a place in its run of placeholders."""
+    """
+    One item after Focus, Scan and Refine; every number is a place in its run of placeholders. `deepstack` has the
+    vectors `(layers, hidden_size)` of each kept token.
+    """
 
     kept: list[int]
     focus: set[int]
     priority: dict[int, float]
     merged_into: dict[int, int]
     features: dict[int, torch.Tensor]
+    deepstack: dict[int, torch.Tensor]
 
 
 def split_budget(budget: int, sizes: list[int]) -> list[int]:
@@ -119,7 +127,8 @@ def select_item(layout: Layout, fsr) -> Selection | None:
         budget = fsr.num_visual_tokens
     if total <= budget:
         return None
-    result = Selection([], set(), {}, {}, {})
+    result = Selection([], set(), {}, {}, {}, {})
+    deepstack = torch.stack(layout.deepstack, dim=1) if layout.deepstack else None
     for pool, share in zip(layout.pools, split_budget(budget, [len(pool.numbers) for pool in layout.pools])):
         relevance = pool.relevance
         if relevance is not None and fsr.invert_relevance:
@@ -144,9 +153,14 @@ def select_item(layout: Layout, fsr) -> Selection | None:
         for i in kept:
             members = [i, *(member for member, anchor in merged_into.items() if anchor == i)]
             weights = torch.tensor([priority[member] for member in members])
-            feature = pool.features[i]
-            if len(members) > 1 and weights.sum() > 0:  # the mean that Eq. 9 comes to, for autograd
-                feature = (weights / weights.sum()).to(feature) @ pool.features[members]
+            if len(members) == 1 or weights.sum() == 0:
+                members, weights = [i], torch.ones(1)
+            shares = weights / weights.sum()
+            # The mean that Eq. 9 comes to, for autograd.
+            feature = shares.to(pool.features) @ pool.features[members]
+            if deepstack is not None:
+                places = [numbers[member] for member in members]
+                result.deepstack[numbers[i]] = torch.einsum("m,mlh->lh", shares.to(deepstack), deepstack[places])
             torch.testing.assert_close(feature.double(), torch.tensor(refined[i]).double(), rtol=1e-4, atol=1e-5)
             result.features[numbers[i]] = feature
     result.kept.sort()
@@ -166,6 +180,8 @@ class Prompt:
         positions (`torch.Tensor` of shape `(..., 1, compressed_length)`): Its positions.
         columns (`list[int]`): Column of each in the full row.
         visual (`list[bool]`): Which of them are visual.
+        deepstack (`torch.Tensor` of shape `(visual tokens, layers, hidden_size)`, *optional*): What the first layers
+            add to those.
         ids (`list[int]`): The full row.
         selections (`list[Selection | None]`): One for each item.
     """
@@ -176,6 +192,7 @@ class Prompt:
     visual: list[bool]
     ids: list[int]
     selections: list[Selection | None]
+    deepstack: torch.Tensor | None = None
 
 
 class Oracle:
@@ -213,7 +230,7 @@ class Oracle:
             inputs = self.family.inputs([row])
             chunks = self.question(row) if query else None
             embed = self.reference.get_input_embeddings()
-            embeds, columns, visual, selections, ids = [], [], [], [], []
+            embeds, columns, visual, selections, ids, deepstack = [], [], [], [], [], []
             for part in row:
                 if isinstance(part, int):
                     embeds.append(embed(torch.tensor([part])))
@@ -228,8 +245,10 @@ class Oracle:
                 selections.append(selection)
                 if selection is None:
                     tokens = dict(enumerate(layout.run))
+                    deepstack += zip(*layout.deepstack)
                 else:
                     tokens = dict(selection.features)
+                    deepstack += [selection.deepstack[number] for number in selection.kept if layout.deepstack]
                 placeholders = [i for i, token in enumerate(part.token_ids) if token in self.family.placeholder_ids]
                 assert len(placeholders) == part.length == len(layout.run)
                 for i, token in enumerate(part.token_ids):
@@ -248,7 +267,8 @@ class Oracle:
                 positions = self.family.positions(self.reference, inputs)[..., columns]
             else:
                 positions = torch.arange(len(columns))[None]
-            return Prompt(torch.cat(embeds), positions, columns, visual, ids, selections)
+            levels = torch.stack([torch.stack(list(rows)) for rows in deepstack]) if deepstack else None
+            return Prompt(torch.cat(embeds), positions, columns, visual, ids, selections, levels)
 
     @torch.no_grad()
     def logits(self, prompt: Prompt, new_ids: Sequence[int] = ()) -> torch.Tensor:
@@ -262,13 +282,23 @@ class Oracle:
             embeds = torch.cat([embeds, self.reference.get_input_embeddings()(torch.tensor(new_ids))])
             steps = torch.arange(1, len(new_ids) + 1).expand(*positions.shape[:-1], -1)
             positions = torch.cat([positions, positions[..., -1:] + steps], dim=-1)
-        return self.reference(
-            inputs_embeds=embeds[None],
-            attention_mask=torch.ones(1, len(embeds), dtype=torch.long),
-            position_ids=positions,
-            use_cache=False,
+        kwargs |= {
+            "inputs_embeds": embeds[None],
+            "attention_mask": torch.ones(1, len(embeds), dtype=torch.long),
+            "position_ids": positions,
+            "use_cache": False,
+        }
+        if prompt.deepstack is None:
+            return self.reference(**kwargs)
+        visual = prompt.visual[: len(prompt.embeds)]  # of a prefix
+        added = prompt.deepstack[: sum(visual)].unbind(1)
+        outputs = self.reference.model.language_model(
             **kwargs,
+            visual_pos_masks=torch.tensor([[*visual, *(False for _ in new_ids)]]),
+            deepstack_visual_embeds=list(added),
         )
+        logits = self.reference.lm_head(outputs.last_hidden_state)
+        return SimpleNamespace(logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def decode(self, prompts: list[Prompt], num_new: int, choose: Callable | None = None):
         """

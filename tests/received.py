@@ -1,10 +1,11 @@
 """
-Attention received, from whole maps: of queries and keys, and in Qwen2.5-VL's vision tower by its eager implementation;
-and the order of its windows, written out in loops.
+Attention received, from whole maps: of queries and keys, and in the vision towers of Qwen-VL by their eager
+implementation; and the order of Qwen2.5-VL's windows, written out in loops.
 """
 
+import sys
+
 import torch
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 
 __all__ = ["attention_maps", "queries_and_keys", "received_attention", "received_by_maps", "window_order"]
@@ -16,7 +17,8 @@ def attention_maps(tower, pixels: torch.Tensor, grid: torch.Tensor, block: int =
     The maps `(heads, queries, keys)` of one block of a tower with eager attention, one for each chunk of patches that
     attend to each other, in the order in which the tower works.
     """
-    module, maps, eager = tower.blocks[block].attn, [], modeling_qwen2_5_vl.eager_attention_forward
+    module, maps, modeling = tower.blocks[block].attn, [], sys.modules[type(tower).__module__]
+    eager = modeling.eager_attention_forward
 
     def record(caller, *args, **kwargs):
         output, weights = eager(caller, *args, **kwargs)
@@ -25,11 +27,11 @@ def attention_maps(tower, pixels: torch.Tensor, grid: torch.Tensor, block: int =
         return output, weights
 
     assert tower.config._attn_implementation == "eager"
-    modeling_qwen2_5_vl.eager_attention_forward = record
+    modeling.eager_attention_forward = record
     try:
         tower(pixels, grid_thw=grid)
     finally:
-        modeling_qwen2_5_vl.eager_attention_forward = eager
+        modeling.eager_attention_forward = eager
     return maps
 
 
@@ -55,7 +57,9 @@ def received_attention(tower, pixels: torch.Tensor, grid: torch.Tensor, block: i
     """Attention received by each token `(tokens,)`, in the order of the merger's output."""
     merge = tower.spatial_merge_size
     received = torch.cat([weights.double().mean((0, 1)) for weights in attention_maps(tower, pixels, grid, block)])
-    order = window_order(grid, tower.window_size // merge // tower.patch_size, merge)
+    order = range(len(received) // merge**2)
+    if hasattr(tower, "window_size"):
+        order = window_order(grid, tower.window_size // merge // tower.patch_size, merge)
     tokens = torch.zeros(len(order), dtype=torch.double)
     for place, token in enumerate(order):
         for patch in range(place * merge**2, (place + 1) * merge**2):

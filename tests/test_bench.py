@@ -18,12 +18,13 @@ from fsr_hf.testing.small_families import SMALL_FAMILIES, export_small_model
 
 
 # Placeholders and candidates of a picture of 672 x 672 pixels, or a video of 4 frames, in each family: a view has
-# 24 x 24 patches, four tiles have 48 rows, each with a newline; 28 pixels are a token of Qwen2.5-VL; a frame of
-# LLaVA-Video has 14 rows of 14 tokens and a newline.
+# 24 x 24 patches, four tiles have 48 rows, each with a newline; 28 pixels are a token of Qwen2.5-VL, 32 one of
+# Qwen3-VL; a frame of LLaVA-Video has 14 rows of 14 tokens and a newline.
 TOKENS = {
     "fsr_llava": (576, 576),
     "fsr_llava_next": (5 * 576 + 48, 5 * 576),
     "fsr_qwen2_5_vl": (24 * 24, 24 * 24),
+    "fsr_qwen3_vl": (21 * 21, 21 * 21),
     "fsr_llava_video": (4 * 14 * 15, 4 * 14 * 14),
 }
 LAYERS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE = 2, 2, 16, 64, 128  # of all small models but LLaVA-1.5
@@ -160,7 +161,7 @@ def test_video_file_and_picture_file(folders, tmp_path):
 
     write_clip(tmp_path / "clip.mp4")
     options = {"budgets": [30], "repeats": 1, "new_tokens": 0, "device": "cpu", "progress": False}
-    for family in ("fsr_llava_video", "fsr_qwen2_5_vl"):
+    for family in ("fsr_llava_video", "fsr_qwen2_5_vl", "fsr_qwen3_vl"):
         folder = str(folders[family])
         (result,) = run_bench(folder, image=tmp_path / "clip.mp4", num_frames=2, **options)
         if family == "fsr_llava_video":

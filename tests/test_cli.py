@@ -55,12 +55,13 @@ def test_help_has_an_example_or_the_commands(command):
 @pytest.mark.parametrize("command", [[], ["export"]])
 def test_help_covers_the_families(command):
     lines = invoke(*command, "--help").output.splitlines()
-    for name, family in zip(("LLaVA-1.5", "LLaVA-NeXT", "Qwen2.5-VL", "LLaVA-Video"), FAMILIES, strict=True):
+    names = ("LLaVA-1.5", "LLaVA-NeXT", "Qwen2.5-VL", "Qwen3-VL", "LLaVA-Video")
+    for name, family in zip(names, FAMILIES, strict=True):
         (line,) = [line for line in lines if line.startswith(f"    {name} ")]
         budget = family.config().fsr_config
         default = f"{budget.num_visual_tokens} tokens" if budget.num_visual_tokens else None
         default = default or str(Fraction(budget.retention_ratio).limit_denominator(10))
-        assert f"  {default}  " in line and line.endswith("videos") == (name in ("Qwen2.5-VL", "LLaVA-Video"))
+        assert f"  {default}  " in line and line.endswith("videos") == (name in names[2:])
         assert len(line) <= 80
 
 

@@ -136,16 +136,20 @@ def test_the_tiles_of_a_picture_are_joined(tmp_path):
 
 @pytest.mark.parametrize(
     "model_type, greys, num_tokens",
-    [("fsr_qwen2_5_vl", [0, 6], 2 * 10 * 14), ("fsr_llava_video", [0, 3, 6, 9], 4 * 14 * 14)],
+    [
+        ("fsr_qwen2_5_vl", [0, 6], 2 * 10 * 14),
+        ("fsr_qwen3_vl", [0, 6], 2 * 5 * 7),
+        ("fsr_llava_video", [0, 3, 6, 9], 4 * 14 * 14),
+    ],
 )
 def test_a_video_file(tmp_path, model_type, greys, num_tokens):
-    """Four frames are taken; in Qwen2.5-VL, two share a token, and the first of them is drawn."""
+    """Four frames are taken; in Qwen-VL, two share a token, and the first of them is drawn."""
     folder = export_small_model(model_type, tmp_path)
     clip = load_visual(write_clip(tmp_path / "grey.mp4"))
     model, processor = load_fsr_model(str(folder), "cpu")
     explanation = explain(model, processor, clip, "What is it?", max_new_tokens=2, num_frames=4, retention_ratio=0.25)
     assert [round(np.asarray(view).mean() / STEP) for view in explanation.views] == greys
-    assert explanation.counts["tokens"] == num_tokens and explanation.counts["kept"] == num_tokens // 4
+    assert explanation.counts["tokens"] == num_tokens and explanation.counts["kept"] == round(num_tokens / 4)
     assert len(explanation.answer.split()) == 2
     picture = explanation.draw()
     assert len({box for box in picture.boxes if box}) == num_tokens

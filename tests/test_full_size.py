@@ -23,14 +23,18 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionRotaryEmbedding
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from fsr_hf import (
     FSRLlavaForConditionalGeneration,
     FSRLlavaNextForConditionalGeneration,
     FSRLlavaVideoForConditionalGeneration,
     FSRQwen2_5_VLForConditionalGeneration,
+    FSRQwen3VLForConditionalGeneration,
 )
 from fsr_hf.modeling.guards import get_cache
 from fsr_hf.modeling.pools import select_from_items
@@ -92,7 +96,7 @@ class Prompt:
 
     Args:
         inputs (`dict`): What the model takes beside `input_ids`, pixels on the meta device.
-        run (`list[int]`): The placeholders.
+        run (`list[int]`): The placeholders, and words between them.
         candidates, kept (`int`): Tokens of it that can be dropped, and those that are left under the default budget.
     """
 
@@ -224,12 +228,12 @@ class HostTensor(torch.Tensor):
         return self
 
 
-def qwen_prompt(modality: str, *grid: int) -> Prompt:
+def qwen_prompt(modality: str, *grid: int, side: int = 14) -> Prompt:
     pixels, grids, token = {
         "image": ("pixel_values", "image_grid_thw", 151655),
         "video": ("pixel_values_videos", "video_grid_thw", 151656),
     }[modality]
-    pixel_values = torch.empty(math.prod(grid), 3 * 2 * 14 * 14, device="meta")
+    pixel_values = torch.empty(math.prod(grid), 3 * 2 * side**2, device="meta")
     inputs = {pixels: pixel_values, grids: torch.tensor([grid]).as_subclass(HostTensor)}
     candidates = math.prod(grid) // 4
     return Prompt(inputs, [token] * candidates, candidates, candidates // 2)
@@ -278,6 +282,55 @@ QWEN = [
 ]
 
 
+# ---------------------------------------------------------------------- Qwen3-VL
+
+
+def qwen3_prompt(modality: str, *grid: int) -> Prompt:
+    """A timestamp of 6 tokens before each frame of a video."""
+    prompt = qwen_prompt(modality, *grid, side=16)
+    if modality == "video":
+        area = len(prompt.run) // grid[0]
+        prompt.run[:] = [*range(50, 56), 151652, *prompt.run[:area], 151653] * grid[0]
+    return prompt
+
+
+def qwen3(name: str, parameters: float, hidden_size: int, text_config: dict[str, Any], **config: Any) -> Published:
+    small = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
+    text = {
+        "model_type": "qwen3_vl_text",
+        "hidden_size": hidden_size,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [24, 20, 20],
+            "mrope_interleaved": True,
+        },
+        **text_config,
+    }
+    vision = {**(small if hidden_size < 4096 else {}), "out_hidden_size": hidden_size}
+    return Published(
+        name,
+        FSRQwen3VLForConditionalGeneration,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLConfig,
+        {"text_config": text, "vision_config": vision, **config},
+        parameters,
+        {
+            "576x832": lambda: qwen3_prompt("image", 1, 36, 52),
+            "32 frames": lambda: qwen3_prompt("video", 16, 10, 12),
+        },
+        has_text_encoder=False,
+    )
+
+
+QWEN3 = [
+    qwen3("Qwen3-VL-2B", 2.13, 2048, qwen_text(6144, 28, 16, 8), tie_word_embeddings=True),
+    qwen3("Qwen3-VL-4B", 4.44, 2560, qwen_text(9728, 36, 32, 8), tie_word_embeddings=True),
+    qwen3("Qwen3-VL-8B", 8.77, 4096, qwen_text(12288, 36, 32, 8)),
+    qwen3("Qwen3-VL-32B", 33.36, 5120, qwen_text(25600, 64, 64, 8)),
+]
+
+
 PUBLISHED = [
     llava("llava-1.5-7b", VICUNA_7B, 7.06),
     llava("llava-1.5-13b", VICUNA_13B, 13.35),
@@ -286,6 +339,7 @@ PUBLISHED = [
     llava_next("llava-v1.6-vicuna-13b", VICUNA_13B, 13.35),
     LLAVA_VIDEO,
     *QWEN,
+    *QWEN3,
 ]
 PROMPTS = [pytest.param(model, name, id=f"{model}-{name}") for model in PUBLISHED for name in model.prompts]
 
@@ -298,10 +352,20 @@ def build(name: str):
     with torch.device("meta"):
         model = published.model_class(config).eval()
     for module in model.modules():
-        if isinstance(module, Qwen2_5_VLVisionRotaryEmbedding):
+        if isinstance(module, (Qwen2_5_VLVisionRotaryEmbedding, modeling_qwen3_vl.Qwen3VLVisionRotaryEmbedding)):
             # Positions come from grids, which have values here, and meet frequencies, which have none.
             module.register_forward_pre_hook(lambda _, args: (args[0], args[1].to("meta")))
     return model
+
+
+@pytest.fixture(autouse=True)
+def interpolation_without_values(monkeypatch):
+    """How Qwen3-VL's tower interpolates its position embeddings comes from grids, too."""
+    name = "get_vision_interpolation_indices_and_weights"
+    original = getattr(modeling_qwen3_vl, name)
+    monkeypatch.setattr(
+        modeling_qwen3_vl, name, lambda *args, **kwargs: [part.to("meta") for part in original(*args, **kwargs)]
+    )
 
 
 def shapes(model) -> dict[str, torch.Size]:
@@ -333,7 +397,8 @@ def test_shapes_of_a_compressed_prompt(published, name):
     inner = model.model
     items = inner.place_items(ids, inner.build_items(**prompt.inputs))
     (item,) = items
-    assert item.row == 0 and item.columns.tolist() == list(range(2, 2 + len(prompt.run)))
+    placeholders = [c for c, token in enumerate(ids[0].tolist()) if token in inner.placeholder_ids.values()]
+    assert item.row == 0 and item.columns.tolist() == placeholders
     assert item.num_candidates == prompt.candidates
     budget = fsr.budget(prompt.candidates)
     assert budget == prompt.kept < prompt.candidates
@@ -344,18 +409,21 @@ def test_shapes_of_a_compressed_prompt(published, name):
         query = inner.text_encoder.encode_query(chunks, torch.ones_like(chunks))
         assert query.shape == (1, CLIP_TEXT["projection_dim"])
     tokens, outputs = inner.encode_items(items, query, **prompt.inputs)
-    assert [run.shape for run in tokens.features] == [(len(prompt.run), hidden_size)]
-    assert tokens.saliency.shape == (len(prompt.run),) and (tokens.relevance is None) == (query is None)
+    assert [run.shape for run in tokens.features] == [(len(placeholders), hidden_size)]
+    assert tokens.saliency.shape == (len(placeholders),) and (tokens.relevance is None) == (query is None)
     kept = select_from_items(tokens, items, [budget], fsr, model.selector, True)
     assert kept.counts == [budget] and kept.indices.shape == (budget,)
-    assert kept.features.shape == (budget, hidden_size)
+    # Beside its features, a token of Qwen3-VL has those of each depth.
+    depths = getattr(model.config.vision_config, "deepstack_visual_indexes", [])
+    assert kept.features.shape == (budget, hidden_size * (1 + len(depths)))
     (selection,) = kept.selections
-    assert selection.features.shape == kept.features.shape and selection.grid.shape == (len(prompt.run), 3)
+    assert selection.features.shape == (budget, hidden_size) and selection.grid.shape == (len(placeholders), 3)
     assert list(outputs) == [item.modality]
 
+    length = ids.shape[1] - len(placeholders) + budget
     columns = select_columns(torch.ones_like(ids), items, kept.counts, torch.arange(budget), [0])
-    assert columns.shape == (1, 5 + budget)
+    assert columns.shape == (1, length)
     embeds = model.get_input_embeddings()(ids.gather(1, columns).to("meta"))
     outputs = inner.language_model(inputs_embeds=embeds, use_cache=True)  # the mask would be looked at
-    assert outputs.last_hidden_state.shape == (1, 5 + budget, hidden_size)
-    assert get_cache(outputs).get_seq_length() == 5 + budget
+    assert outputs.last_hidden_state.shape == (1, length, hidden_size)
+    assert get_cache(outputs).get_seq_length() == length

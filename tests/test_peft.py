@@ -159,7 +159,7 @@ def test_selection_follows_an_adapted_vision_tower(family):
     assert torch.equal(tokens, merged_tokens)
 
 
-@pytest.mark.parametrize("modules", [["multi_modal_projector"], ["embed_tokens", "lm_head"]], ids=str)
+@pytest.mark.parametrize("modules", [["multi_modal_projector", "merger"], ["embed_tokens", "lm_head"]], ids=str)
 def test_modules_that_are_trained_whole(family, modules):
     """As in LLaVA's first stage: the projector is trained, the language model gets LoRA or nothing."""
     adapted = get_peft_model(family.build(), lora(init_lora_weights=True, modules_to_save=modules))

@@ -86,9 +86,14 @@ def card_names() -> list[str]:
 
 
 def default_budget(model_type: str) -> Budget:
-    """The budget of a family: the strongest one at which the paper keeps nearly all of the unpruned score."""
-    paper = card_data()["paper"]
-    table = paper["tables"][card_data()["families"][model_type]["table"]]
+    """
+    The budget of a family: the strongest one at which the paper keeps nearly all of the unpruned score, or one of ours
+    for a family that the paper does not report.
+    """
+    paper, family = card_data()["paper"], card_data()["families"][model_type]
+    if "default_budget" in family:
+        return _budget_of(family["default_budget"])
+    table = paper["tables"][family["table"]]
     return [budget for budget, row in _budgets(table) if row["score"] >= paper["default_keeps"]][-1]
 
 
@@ -135,7 +140,7 @@ def render_card(
     budget = _budget_of(fsr_config)
     repo_id = repo_id or f"{data['code']['organization']}/{name}-fsr"
     revision = revision or f"v{__version__}"
-    table = data["paper"]["tables"][facts.get("table", family["table"])]
+    table = data["paper"]["tables"].get(facts.get("table", family.get("table")))
     is_reported = "table" in facts
     has_relevance = fsr_config.get("relevance") != "none" and fsr_config.get("text_encoder_config") is not None
     text_encoder = family.get("text_encoder") if facts else None  # somebody's own may have another one
@@ -170,10 +175,10 @@ def render_card(
         num_tokens=table["num_tokens"]
         if is_reported and budget.name == _budgets(table)[0][0].name == _TOKENS
         else None,
-        other_budget=_other_budget([] if "about" in facts else _budgets(table), budget),
+        other_budget=_other_budget([] if table is None or "about" in facts else _budgets(table), budget),
         table=table,
         is_reported=is_reported,
-        scores=_paper_table(table, family["item"]),
+        scores=_paper_table(table, family["item"]) if table else None,
         efficiency=_efficiency_table(table) if is_reported else None,
         measured=_measured_table(measured, family["item"]),
         sources=[entry["source"] for entry in measured],

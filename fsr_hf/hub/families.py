@@ -8,10 +8,12 @@ from ..configuration.configuration_fsr_llava import FSRLlavaConfig
 from ..configuration.configuration_fsr_llava_next import FSRLlavaNextConfig
 from ..configuration.configuration_fsr_llava_video import FSRLlavaVideoConfig
 from ..configuration.configuration_fsr_qwen2_5_vl import FSRQwen2_5_VLConfig
+from ..configuration.configuration_fsr_qwen3_vl import FSRQwen3VLConfig
 from ..modeling.modeling_fsr_llava import FSRLlavaForConditionalGeneration
 from ..modeling.modeling_fsr_llava_next import FSRLlavaNextForConditionalGeneration
 from ..modeling.modeling_fsr_llava_video import FSRLlavaVideoForConditionalGeneration
 from ..modeling.modeling_fsr_qwen2_5_vl import FSRQwen2_5_VLForConditionalGeneration
+from ..modeling.modeling_fsr_qwen3_vl import FSRQwen3VLForConditionalGeneration
 from ..processing.processing_fsr_llava import FSRLlavaProcessor
 from ..processing.processing_fsr_llava_next import FSRLlavaNextProcessor
 from ..processing.processing_fsr_llava_video import FSRLlavaVideoProcessor
@@ -58,5 +60,6 @@ FAMILIES = (
     Family("llava", FSRLlavaConfig, FSRLlavaForConditionalGeneration, FSRLlavaProcessor),
     Family("llava_next", FSRLlavaNextConfig, FSRLlavaNextForConditionalGeneration, FSRLlavaNextProcessor),
     Family("qwen2_5_vl", FSRQwen2_5_VLConfig, FSRQwen2_5_VLForConditionalGeneration, None),
+    Family("qwen3_vl", FSRQwen3VLConfig, FSRQwen3VLForConditionalGeneration, None),
     Family("llava_onevision", FSRLlavaVideoConfig, FSRLlavaVideoForConditionalGeneration, FSRLlavaVideoProcessor),
 )

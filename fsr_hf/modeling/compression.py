@@ -361,8 +361,12 @@ class FSRModelMixin(TextEncoderMixin):
                 if item.modality == modality:
                     groups.setdefault(item.row if by_row else number, []).append(part)
             own = [torch.cat(parts) for parts in groups.values()]
-            result[modality] = KeptVisualOutput(last_hidden_state=output.last_hidden_state, pooler_output=own)
+            result[modality] = self.make_output(own, output)
         return result
+
+    def make_output(self, features: list[torch.Tensor], output: Any) -> KeptVisualOutput:
+        """The kept tokens of a modality (and their companions), after its stock output."""
+        return KeptVisualOutput(last_hidden_state=output.last_hidden_state, pooler_output=features)
 
     def _check_query(self, input_ids, attention_mask, fsr, batch_size: int):
         """The question as `encode_query` takes it, or `None` (saliency alone), with a warning where it is missing."""

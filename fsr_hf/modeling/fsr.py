@@ -17,7 +17,7 @@ from .precision import without_autocast
 from .scan_kernel import can_scan_on_gpu, scan_on_gpu
 
 
-__all__ = ["VisualSelection", "select_visual_tokens"]
+__all__ = ["VisualSelection", "refine_like", "select_visual_tokens"]
 
 
 @dataclass
@@ -156,6 +156,32 @@ def select_visual_tokens(
         priority=priority,
         merged_into=merged_into,
     )
+
+
+def refine_like(selection: VisualSelection, features: torch.Tensor, kappa: float) -> torch.Tensor:
+    """
+    Refine (Eq. 9) other features of the same tokens with the anchors and the weights of a selection.
+
+    Args:
+        selection (`VisualSelection`):
+            What [`select_visual_tokens`] returned for a batch of pools.
+        features (`torch.FloatTensor` of shape `(batch, num_tokens, size)`):
+            The other features.
+        kappa (`float`):
+            As in the call that made the selection.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, num_kept, size)`: those of the kept tokens, zeros at padding.
+    """
+    kept = selection.indices.masked_fill(selection.indices < 0, features.shape[1])
+    # Only what the selection merged may merge.
+    is_merged = selection.merged_into >= 0
+    similarity = torch.zeros_like(selection.priority).masked_fill(~is_merged, -torch.inf)
+    with without_autocast(features.device):
+        return _refine(
+            *(features, selection.priority, torch.ones_like(is_merged), kept, selection.is_focus),
+            *(selection.merged_into, similarity, kappa),
+        )[0]
 
 
 def _priority(saliency, relevance, mask, alpha, beta):

@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+from transformers.vision_utils import get_vision_window_index
 
 from ..configuration.configuration_fsr_qwen2_5_vl import FSRQwen2_5_VLConfig
 from ..configuration.remote_code import RemoteCodeMixin
@@ -57,25 +56,10 @@ class FSRQwen2_5_VLModel(QwenVLMixin, Qwen2_5_VLModel):
             )
         return grids
 
-    @torch.no_grad()
-    def saliency(self, hidden_states: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    def block_order(self, grid: torch.Tensor) -> torch.Tensor:
+        # By windows, which do not cross slices.
         tower: Any = self.visual
-        block = tower.blocks[-1]
-        attention = block.attn
-        # States are in window order, where the patches of a token stand together and tokens go by windows.
-        window_index, _ = get_vision_window_index(grid, tower.spatial_merge_size, tower.window_size, tower.patch_size)
-        window_index = window_index.to(hidden_states.device)
-        positions = tower.rotary_pos_emb(hidden_states, get_vision_position_ids(grid, tower.spatial_merge_size))
-        cos, sin = (
-            tower.permute_input_for_window_attn(part.to(hidden_states.device), window_index, seq_len=len(part))
-            for part in positions
-        )
-        query, key = attention.qkv(block.norm1(hidden_states)).chunk(3, dim=-1)[:2]
-        query, key = (states.unflatten(-1, (attention.num_heads, -1)) for states in (query, key))
-        query, key = apply_rotary_pos_emb_vision(query, key, cos.to(query.device), sin.to(query.device))
-        # Windows do not cross slices, so slices are segments in window order, too.
-        received = self.mean_per_token(query, key, grid, attention.scaling)
-        return torch.empty_like(received).index_copy(0, window_index.to(received.device), received)
+        return get_vision_window_index(grid, tower.spatial_merge_size, tower.window_size, tower.patch_size)[0]
 
 
 class FSRQwen2_5_VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin, Qwen2_5_VLForConditionalGeneration):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .fsr import VisualSelection
+from .fsr import VisualSelection, refine_like
 from .prompt import VisualItem
 
 
@@ -26,11 +26,15 @@ class VisualTokens:
             Eq. 1, item by item. Any number where there is no candidate.
         relevance (`torch.FloatTensor` of shape `(placeholders of all items,)`, *optional*):
             Eq. 2, higher for what is more relevant.
+        companions (`list[torch.FloatTensor]`, *optional*):
+            For each item, what else the language model reads for its placeholders: `(placeholders, size)`. It is kept
+            and merged as the features are, and has no part in the choice.
     """
 
     features: list[torch.Tensor]
     saliency: torch.Tensor
     relevance: torch.Tensor | None = None
+    companions: list[torch.Tensor] | None = None
 
 
 @dataclass
@@ -42,7 +46,7 @@ class KeptTokens:
         indices (`torch.LongTensor` of shape `(sum(counts),)`):
             The kept placeholders of each item, ascending, item by item.
         features (`torch.FloatTensor` of shape `(sum(counts), hidden_size)`):
-            Their tokens after Refine.
+            Their tokens after Refine; companions follow in the same rows, `(sum(counts), hidden_size + size)`.
         counts (`list[int]`):
             How many each item keeps.
         selections (`list[VisualSelection]`, *optional*):
@@ -86,7 +90,9 @@ def select_from_items(
         return_selections (`bool`):
             Whether to make a [`VisualSelection`] for each item, also for those within their budget.
     """
-    features = torch.cat(tokens.features)
+    features = wide = torch.cat(tokens.features)
+    if tokens.companions is not None:
+        wide = torch.cat([features, torch.cat(tokens.companions)], dim=-1)
     device = features.device
     is_pruned = [budget < item.num_candidates for item, budget in zip(items, budgets)]
     starts = torch.tensor([0, *(item.length for item in items)])[:-1].cumsum(0).tolist()
@@ -99,7 +105,7 @@ def select_from_items(
             pool_budgets += split_budget(min(budgets[number], item.num_candidates), [len(pool) for pool in item.pools])
     if not owners:
         counts = [item.length for item in items]
-        return KeptTokens(_ranges(counts, device), features, counts)
+        return KeptTokens(_ranges(counts, device), wide, counts)
 
     sizes = [len(pool) for pool in positions]
     position = pad_sequence(positions, batch_first=True)  # [pools, tokens]: placeholder of its item
@@ -130,7 +136,11 @@ def select_from_items(
     slots = torch.cat([torch.arange(n) + pool * selection.indices.shape[1] for pool, n in enumerate(pool_budgets)])
     slots = slots.to(device, non_blocking=True)
     kept_position = position.gather(1, selection.indices.clamp(min=0)).flatten()[slots]
-    kept_features = selection.features.flatten(0, 1)[slots]
+    kept_features = selection.features
+    if tokens.companions is not None:
+        companions = refine_like(selection, wide[:, features.shape[-1] :][place], fsr.kappa)
+        kept_features = torch.cat([kept_features, companions], dim=-1)
+    kept_features = kept_features.flatten(0, 1)[slots]
     slot_owners = torch.tensor(owners).repeat_interleave(torch.tensor(pool_budgets))
     selections = None
     if return_selections:
@@ -151,7 +161,7 @@ def select_from_items(
     start = torch.tensor(starts)[all_owners].to(device, non_blocking=True)
     kept_position = torch.cat([kept_position, _ranges(whole, device)])
     whole_places = torch.cat([torch.arange(n) + s for n, s in zip(whole, starts)]).to(device, non_blocking=True)
-    kept_features = torch.cat([kept_features, features[whole_places].to(kept_features.dtype)])
+    kept_features = torch.cat([kept_features, wide[whole_places].to(kept_features.dtype)])
     order = (kept_position + start).argsort()
     return KeptTokens(kept_position[order], kept_features[order], counts, selections)
 

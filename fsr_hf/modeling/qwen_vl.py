@@ -4,6 +4,8 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+from transformers.vision_utils import get_vision_position_ids
 
 from .compression import FSRModelMixin
 from .guards import cache_length, get_cache
@@ -61,13 +63,17 @@ class QwenVLMixin(FSRModelMixin):
 
     def place_items(self, input_ids: torch.Tensor, items: list[VisualItem]) -> list[VisualItem]:
         items = super().place_items(input_ids, items)
-        for item, following in pairwise(items):
-            is_same_run = (item.row, int(item.columns[-1]) + 1) == (following.row, int(following.columns[0]))
-            if is_same_run and item.modality == following.modality:
+        runs = sorted(
+            (item.row, int(run[0]), int(run[-1]), item.modality)
+            for item in items
+            for run in item.columns.split(item.run_lengths)
+        )
+        for (row, _, end, modality), (next_row, start, _, next_modality) in pairwise(runs):
+            if (row, end + 1, modality) == (next_row, start, next_modality):
                 raise ValueError(
-                    f"{item.modality.capitalize()} tokens do not match the {item.modality}s: in row {item.row}, two "
-                    f"stand side by side at column {int(following.columns[0])}. Positions need a token between them, "
-                    f"such as `vision_end_token_id` ({self.config.vision_end_token_id})."
+                    f"{modality.capitalize()} tokens do not match the {modality}s: in row {row}, two stand side by "
+                    f"side at column {start}. Positions need a token between them (and between the frames of a video "
+                    f"of several runs), such as `vision_end_token_id` ({self.config.vision_end_token_id})."
                 )
         return items
 
@@ -133,9 +139,11 @@ class QwenVLMixin(FSRModelMixin):
         outputs: Any = get_features(pixels, grid, output_hidden_states=states, return_dict=True)
         return outputs, self.saliency(outputs.hidden_states[-2], grid).to(outputs.pooler_output[0].device)
 
+    @torch.no_grad()
     def saliency(self, hidden_states: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """
-        Attention received by each token in the last block (Eq. 1).
+        Attention received by each token in the last block (Eq. 1): the mean over heads, over the queries of the same
+        image or slice of a video, and over the patches of the token.
 
         Args:
             hidden_states (`torch.FloatTensor` of shape `(patches, vision_hidden_size)`):
@@ -146,13 +154,27 @@ class QwenVLMixin(FSRModelMixin):
         Returns:
             `torch.FloatTensor` of shape `(tokens,)`, float32, in the order of the merger's output.
         """
-        raise NotImplementedError
-
-    def mean_per_token(self, query: torch.Tensor, key: torch.Tensor, grid: torch.Tensor, scale: float) -> torch.Tensor:
-        """Attention received by the patches `(patches, heads, head_dim)`, as the mean over those of each token."""
+        tower: Any = self.visual
+        attention, unit = tower.blocks[-1].attn, tower.spatial_merge_size**2
+        order = self.block_order(grid)
+        cos, sin = tower.rotary_pos_emb(hidden_states, get_vision_position_ids(grid, tower.spatial_merge_size))
+        if order is not None:
+            cos, sin = (part.unflatten(0, (-1, unit))[order.to(part.device)].flatten(0, 1) for part in (cos, sin))
+        query, key = attention.qkv(tower.blocks[-1].norm1(hidden_states)).chunk(3, dim=-1)[:2]
+        query, key = (states.unflatten(-1, (attention.num_heads, -1)) for states in (query, key))
+        query, key = apply_rotary_pos_emb_vision(query, key, cos.to(query.device), sin.to(query.device))
         slices = [h * w for t, h, w in grid.tolist() for _ in range(t)]  # an image, or a temporal slice of a video
-        received = attention_received(query, key, slices, scale)
-        return received.unflatten(0, (-1, self.config.vision_config.spatial_merge_size**2)).mean(-1)
+        received = attention_received(query, key, slices, attention.scaling).unflatten(0, (-1, unit)).mean(-1)
+        if order is None:
+            return received
+        return torch.empty_like(received).index_copy(0, order.to(received.device), received)
+
+    def block_order(self, grid: torch.Tensor) -> torch.Tensor | None:
+        """
+        Which token of the merger's output each token of the blocks is, `(tokens,)`, in a tower that reorders them. It
+        must not move a token into another slice.
+        """
+        return None
 
     # ------------------------------------------------------------------ positions
 

@@ -23,6 +23,10 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 from ..configuration.configuration_fsr_llava_video import FSRLlavaVideoConfig
@@ -37,7 +41,8 @@ from .small_tokenizers import word_tokenizer
 
 __all__ = ["SMALL_FAMILIES", "export_small_model"]
 
-_HALF = [0.5, 0.5, 0.5]  # mean and deviation of pixels, in SigLIP
+_HALF = [0.5, 0.5, 0.5]  # mean and deviation of pixels, in SigLIP and Qwen3-VL
+_QWEN_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
 
 
 def export_small_model(model_type: str, folder: str | os.PathLike) -> Path:
@@ -90,21 +95,12 @@ def _save_llava_next(folder: Path, clip_folder: Path) -> None:
 
 
 def _save_qwen2_5_vl(folder: Path, clip_folder: Path) -> None:
-    names = ("image_pad", "video_pad", "vision_start", "vision_end", "im_start", "im_end")
-    tokens = {name: f"<|{name}|>" for name in names}
-    tokenizer = word_tokenizer(
-        image_token=tokens["image_pad"],
-        video_token=tokens["video_pad"],
-        **{f"{name}_token": tokens[name] for name in names[2:]},
-    )
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+    tokenizer, ids = _qwen_tokenizer()
     text_config = _text_config(tokenizer)
     config = Qwen2_5_VLConfig(
         vision_config={
+            **_QWEN_VISION,
             "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
             "fullatt_block_indexes": [2],
             "out_hidden_size": text_config["hidden_size"],
             "tokens_per_second": 2,
@@ -114,10 +110,7 @@ def _save_qwen2_5_vl(folder: Path, clip_folder: Path) -> None:
             **text_config,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
         },
-        image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"],
-        vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"],
+        **ids,
     )
     processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(),
@@ -126,6 +119,54 @@ def _save_qwen2_5_vl(folder: Path, clip_folder: Path) -> None:
         chat_template=QWEN_VL_TEMPLATE,
     )
     _save(Qwen2_5_VLForConditionalGeneration(config), processor, folder)
+
+
+def _save_qwen3_vl(folder: Path, clip_folder: Path) -> None:
+    tokenizer, ids = _qwen_tokenizer()
+    text_config = _text_config(tokenizer)
+    config = Qwen3VLConfig(
+        vision_config={
+            **_QWEN_VISION,
+            "depth": 4,
+            "deepstack_visual_indexes": [0, 1],
+            "out_hidden_size": text_config["hidden_size"],
+        },
+        text_config={
+            "model_type": "qwen3_vl_text",
+            **text_config,
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [2, 3, 3],
+                "mrope_interleaved": True,
+            },
+        },
+        **ids,
+    )
+    pixels = {"patch_size": 16, "image_mean": _HALF, "image_std": _HALF}
+    processor = Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(
+            **pixels, size={"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096}
+        ),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(do_sample_frames=False, cap_pixels_per_frame=True),
+        chat_template=QWEN_VL_TEMPLATE,
+    )
+    _save(Qwen3VLForConditionalGeneration(config), processor, folder)
+
+
+def _qwen_tokenizer() -> tuple[Any, dict[str, int]]:
+    """A tokenizer with the special tokens of Qwen-VL, and the ids of those that the config names."""
+    names = ("image_pad", "video_pad", "vision_start", "vision_end", "im_start", "im_end")
+    tokens = {name: f"<|{name}|>" for name in names}
+    tokenizer = word_tokenizer(
+        image_token=tokens["image_pad"],
+        video_token=tokens["video_pad"],
+        **{f"{name}_token": tokens[name] for name in names[2:]},
+    )
+    fields = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return tokenizer, {field: tokenizer.convert_tokens_to_ids(tokens[name]) for field, name in zip(fields, names)}
 
 
 def _save_llava_video(folder: Path, clip_folder: Path) -> None:
@@ -183,5 +224,6 @@ SMALL_FAMILIES: dict[str, Callable[[Path, Path], None]] = {
     "fsr_llava": _save_llava,
     "fsr_llava_next": _save_llava_next,
     "fsr_qwen2_5_vl": _save_qwen2_5_vl,
+    "fsr_qwen3_vl": _save_qwen3_vl,
     "fsr_llava_video": _save_llava_video,
 }

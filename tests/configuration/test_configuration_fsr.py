@@ -10,7 +10,14 @@ import pytest
 import torch
 from transformers import AutoConfig, CLIPTextConfig, LlavaConfig
 
-from fsr_hf import FSRConfig, FSRLlavaConfig, FSRLlavaNextConfig, FSRLlavaVideoConfig, FSRQwen2_5_VLConfig
+from fsr_hf import (
+    FSRConfig,
+    FSRLlavaConfig,
+    FSRLlavaNextConfig,
+    FSRLlavaVideoConfig,
+    FSRQwen2_5_VLConfig,
+    FSRQwen3VLConfig,
+)
 
 
 DEFAULTS = {
@@ -34,6 +41,12 @@ FAMILY_DEFAULTS = {
     FSRLlavaConfig: {"num_visual_tokens": 128, "pool": "item", "positions": "compact"},
     FSRLlavaNextConfig: {"retention_ratio": 1 / 9, "pool": "view", "positions": "compact"},
     FSRQwen2_5_VLConfig: {
+        "retention_ratio": 0.5,
+        "relevance": "none",
+        "pool": "item",
+        "positions": "original",
+    },
+    FSRQwen3VLConfig: {
         "retention_ratio": 0.5,
         "relevance": "none",
         "pool": "item",

@@ -5,11 +5,18 @@ import json
 import pytest
 from transformers import AutoConfig, CLIPTextConfig
 
-from fsr_hf import FSRConfig, FSRLlavaConfig, FSRLlavaNextConfig, FSRLlavaVideoConfig, FSRQwen2_5_VLConfig
+from fsr_hf import (
+    FSRConfig,
+    FSRLlavaConfig,
+    FSRLlavaNextConfig,
+    FSRLlavaVideoConfig,
+    FSRQwen2_5_VLConfig,
+    FSRQwen3VLConfig,
+)
 
 
 @pytest.fixture(
-    params=[FSRLlavaConfig, FSRLlavaNextConfig, FSRLlavaVideoConfig, FSRQwen2_5_VLConfig],
+    params=[FSRLlavaConfig, FSRLlavaNextConfig, FSRLlavaVideoConfig, FSRQwen2_5_VLConfig, FSRQwen3VLConfig],
     ids=lambda cls: cls.model_type,
 )
 def family(request):

@@ -194,10 +194,18 @@ def test_positions_of_the_next_tokens(axes):
 
 
 def converse(family, turns, change=lambda inputs: inputs, settings=None, **options):
-    """One row, in turns of ids and items; each answer is the oracle's, and only what is new is encoded and run."""
+    """
+    One row, in turns of ids and items; each answer is the oracle's, and only what is new is encoded and run. Answers
+    have no placeholders: in the next turn, each would ask for a pixel.
+    """
+    placeholders = list(family.placeholder_ids)
     model, reference = models(family.name)
     answers = Oracle(family, model, reference)
     row, questions, cache = [], [], None
+
+    def choose_word(rows, logits):
+        return logits.index_fill(1, torch.tensor(placeholders), -torch.inf).argmax(-1)
+
     tower, seen = model.get_submodule(family.tower), []
     hook = tower.register_forward_pre_hook(lambda _, args, kwargs: seen.append(True), with_kwargs=True)
     try:
@@ -212,11 +220,12 @@ def converse(family, turns, change=lambda inputs: inputs, settings=None, **optio
                 max_new_tokens=4,
                 do_sample=False,
                 return_dict_in_generate=True,
+                suppress_tokens=placeholders,
                 **options,
             )
             assert bool(seen) == bool(new)
             prompt = answers.compress(row, questions=questions, **(settings or {}))
-            expected = answers.decode([prompt], 4)[0]
+            expected = answers.decode([prompt], 4, choose_word)[0]
             assert torch.equal(out.sequences[:, -4:], expected), parts
             assert get_cache(out).get_seq_length() == len(prompt.columns) + 3
             cache = get_cache(out)

@@ -595,7 +595,7 @@ def test_the_file_stands_alone():
         "from dataclasses import dataclass",
         "import torch",
     ]
-    assert fsr.__all__ == ["VisualSelection", "select_visual_tokens"]
+    assert fsr.__all__ == ["VisualSelection", "refine_like", "select_visual_tokens"]
     names = [field.name for field in fields(VisualSelection)]
     assert names == ["indices", "is_focus", "features", "priority", "merged_into", "grid", "modality", "row"]
     selection = select_visual_tokens(torch.eye(3)[None], torch.ones(1, 3), None, 2)

@@ -93,6 +93,8 @@ def test_inner_model_refuses_a_random_text_encoder(family, model, tmp_path):
 @pytest.mark.parametrize("is_inner", [False, True], ids=["outer", "inner"])
 def test_old_checkpoints_load_whole(family, model, is_inner, tmp_path):
     """With the names of weights that most checkpoints on the Hub have."""
+    if family.name not in OLD_KEYS:
+        pytest.skip("the keys of this family have not changed")
     stock = models(family.name)[1]
     stock.config.save_pretrained(tmp_path)
     weights = {OLD_KEYS[family.name](key): tensor for key, tensor in stock.state_dict().items()}

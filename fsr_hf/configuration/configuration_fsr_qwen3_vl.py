@@ -1,0 +1,55 @@
+"""Configuration of Qwen3-VL with FSR."""
+
+from typing import ClassVar
+
+from transformers import PreTrainedConfig, Qwen3VLConfig
+
+from .configuration_fsr import FSRConfig, FSRConfigMixin
+from .remote_code import RemoteCodeMixin
+
+
+__all__ = ["FSRQwen3VLConfig"]
+
+
+class FSRQwen3VLConfig(RemoteCodeMixin, FSRConfigMixin, Qwen3VLConfig):
+    r"""
+    [`Qwen3VLConfig`] with an [`FSRConfig`]. By default an image or a video keeps half of its tokens, whatever its
+    resolution, and the kept ones keep the positions (time, height, width) that they had in the full prompt.
+
+    Args:
+        fsr_config (`FSRConfig` or `dict`, *optional*):
+            The hyper-parameters of the pruning. All other arguments are those of [`Qwen3VLConfig`]. Here a `"view"` is
+            what stands behind one timestamp of a video (two frames). `positions="compact"` numbers what is left of the
+            prompt one by one, visual tokens as if they were text. `relevance="clip"` is refused: this vision tower
+            comes from no CLIP, so there is no text encoder that a question could be compared in.
+
+    Example:
+
+    ```python
+    >>> from fsr_hf import FSRQwen3VLConfig, FSRQwen3VLForConditionalGeneration
+
+    >>> config = FSRQwen3VLConfig(fsr_config={"retention_ratio": 0.2})
+    >>> model = FSRQwen3VLForConditionalGeneration(config)
+    ```
+    """
+
+    model_type = "fsr_qwen3_vl"
+    sub_configs: ClassVar[dict] = {**Qwen3VLConfig.sub_configs, "fsr_config": FSRConfig}
+    fsr_defaults: ClassVar[dict] = {
+        "retention_ratio": 0.5,
+        "relevance": "none",
+        "pool": "item",
+        "positions": "original",
+    }
+
+    fsr_config: dict | PreTrainedConfig | None = None
+
+    def _complete_fsr_config(self, value):
+        config = super()._complete_fsr_config(value)
+        if config.uses_relevance or config.text_encoder_config is not None:
+            raise ValueError(
+                '`fsr_config.relevance="clip"` and `fsr_config.text_encoder_config` are not supported: the vision '
+                "tower of Qwen3-VL comes from no CLIP, so no text encoder shares a space with its patches. FSR ranks "
+                'them by saliency alone here: leave `relevance` at "none".'
+            )
+        return config
