@@ -708,7 +708,7 @@ def wider(case):
 @pytest.mark.parametrize("assistant", ASSISTANTS)
 def test_assistant(case, candidates, assistant):
     model = ASSISTANTS[assistant](case)
-    if "text model" in assistant and case.model.has_position_axes:
+    if "text model" in assistant and case.model.model.has_position_axes:
         with idle(case), pytest.raises(ValueError, match=r"`assistant_model` is not supported .* several axes"):
             case.generate(case.one, assistant_model=model)
         return
@@ -1801,7 +1801,8 @@ def test_sampled_placeholder_is_legal(case):
         return torch.full((len(rows),), placeholder) if is_turn else logits.argmax(-1)
 
     expected = case.oracle.decode(case.prompts, NEW, choose)[0]
-    assert torch.equal(case.generate(logits_processor=LogitsProcessorList([Force()])), expected)
+    for options in ({}, {"use_cache": False}):
+        assert torch.equal(case.generate(logits_processor=LogitsProcessorList([Force()]), **options), expected)
 
 
 # --- The model as an object ---

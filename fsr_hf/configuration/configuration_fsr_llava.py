@@ -13,7 +13,7 @@ __all__ = ["FSRLlavaConfig"]
 
 class FSRLlavaConfig(RemoteCodeMixin, FSRConfigMixin, LlavaConfig):
     r"""
-    [`LlavaConfig`] with an [`FSRConfig`]. By default an image keeps 128 of its 576 tokens.
+    [`LlavaConfig`] with an [`FSRConfig`]. By default an image keeps 128 of its 576 tokens, in their positions.
 
     Args:
         fsr_config (`FSRConfig` or `dict`, *optional*):
@@ -34,7 +34,7 @@ class FSRLlavaConfig(RemoteCodeMixin, FSRConfigMixin, LlavaConfig):
     fsr_defaults: ClassVar[dict] = {
         "num_visual_tokens": 128,
         "pool": "item",
-        "positions": "compact",
+        "positions": "original",
     }
 
     fsr_config: dict | PreTrainedConfig | None = None

@@ -35,7 +35,7 @@ class FSRLlavaNextConfig(RemoteCodeMixin, FSRConfigMixin, LlavaNextConfig):
     fsr_defaults: ClassVar[dict] = {
         "retention_ratio": 1 / 9,
         "pool": "view",
-        "positions": "compact",
+        "positions": "original",
     }
 
     fsr_config: dict | PreTrainedConfig | None = None

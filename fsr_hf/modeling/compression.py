@@ -74,6 +74,8 @@ class FSRModelMixin(TextEncoderMixin):
     # What chooses among the tokens of a pool: takes and returns what `select_visual_tokens` does. Assign another one
     # to compare methods.
     selector: Callable = staticmethod(select_visual_tokens)
+    # Whether positions have several axes, the first of which, for masks, has no gaps.
+    has_position_axes: ClassVar[bool] = False
     # The CLIP text side, in families that have one.
     text_encoder: Any
 
@@ -223,6 +225,9 @@ class FSRModelMixin(TextEncoderMixin):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         fsr = self.config.fsr_config.override(num_visual_tokens, retention_ratio, fsr_enabled)
+        # FlashAttention, too, reads gaps in the positions of a single row as packed sequences; a mask stops it.
+        is_flash = "flash" in (self.config.get_text_config()._attn_implementation or "")
+        with_slack |= is_flash and fsr.positions == "original" and not self.has_position_axes
         host_ids, host_mask = input_ids.cpu(), attention_mask.cpu()
         starts, past_mask = [0] * len(host_ids), torch.ones(0)
         if conversation is not None:
@@ -455,29 +460,36 @@ class FSRModelMixin(TextEncoderMixin):
                 kwargs["position_ids"] = positions
         if getattr(guard, "model", None) is self:
             num_beyond = input_ids.shape[1] - guard.length + (0 if cache is None else guard.columns_fed)
-            if is_kept and num_beyond > 0 and len(input_ids) == 1:
-                kept = kwargs["mm_encoder_outputs"] = self._with_words(kept, input_ids[:, -num_beyond:])
+            if is_kept and num_beyond > 0:
+                kept = kwargs["mm_encoder_outputs"] = self._with_words(kept, input_ids, num_beyond)
             num_features = sum(len(f) for output in (kept or {}).values() for f in output.pooler_output)
             guard.check_inputs(input_ids.shape[1], num_features, {"attention_mask": attention_mask, **kwargs})
         if is_kept:
             return self._forward_kept(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         return self._forward_stock(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
-    def _with_words(self, kept: dict[str, Any], input_ids: torch.Tensor) -> dict[str, Any]:
+    def _with_words(self, kept: dict[str, Any], input_ids: torch.Tensor, num_beyond: int) -> dict[str, Any]:
         """
-        The visual tokens of a prompt, followed by the embeddings of placeholders behind it: prompt lookup may propose
-        one, which is a word there. For one row; in a batch without a cache the stock class raises if there is one.
+        The visual tokens of a prompt, and among them the embeddings of placeholders that stand in the last
+        `num_beyond` columns: the model may write one, and prompt lookup may propose one. It is a word there.
         """
         kept = dict(kept)
         for modality, output in kept.items():
-            words = input_ids[input_ids == self.placeholder_ids[modality]]  # waits for the device
-            if len(words):
-                features = {"pooler_output": [*output.pooler_output, self.get_input_embeddings()(words)]}
-                if (depths := output.get("deepstack_features")) is not None:
-                    features["deepstack_features"] = [
-                        [*d, torch.zeros_like(features["pooler_output"][-1])] for d in depths
-                    ]
-                kept[modality] = type(output)(**{**output, **features})
+            is_placeholder = input_ids == self.placeholder_ids[modality]
+            num_words = is_placeholder[:, -num_beyond:].sum(-1).tolist()  # waits for the device
+            if not any(num_words):
+                continue
+            lengths = is_placeholder[:, :-num_beyond].sum(-1).tolist()
+            word = self.get_input_embeddings()(input_ids[is_placeholder][:1])
+
+            def add(features, value, lengths=lengths, num_words=num_words):
+                parts = torch.cat(list(features)).split(lengths)
+                return [torch.cat([part, value.to(part).expand(n, -1)]) for part, n in zip(parts, num_words)]
+
+            values = {**output, "pooler_output": add(output.pooler_output, word)}
+            if (depths := output.get("deepstack_features")) is not None:
+                values["deepstack_features"] = [add(depth, torch.zeros_like(word)) for depth in depths]
+            kept[modality] = type(output)(**values)
         return kept
 
     def _forward_stock(self, **inputs):

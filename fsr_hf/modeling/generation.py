@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
@@ -40,9 +40,6 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
     `generate()` of a stock `...ForConditionalGeneration` class whose inner model prunes: it compresses the prompt
     once, up front, and runs the stock method on it. What goes in and what comes out refers to the whole prompt.
     """
-
-    # Whether positions have several axes, which models of text cannot read.
-    has_position_axes: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -281,11 +278,11 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
                 "it reads the ids of the prompt as if they were an encoder's",
             ),
             "guidance_scale": (
-                self.has_position_axes and options.guidance_scale not in (None, 1, 1.0),
+                self.model.has_position_axes and options.guidance_scale not in (None, 1, 1.0),
                 "the prompt without the condition would get the positions of the one with it",
             ),
             "assistant_model": (
-                self.has_position_axes and _reads_text_positions(arguments.get("assistant_model")),
+                self.model.has_position_axes and _reads_text_positions(arguments.get("assistant_model")),
                 "it would get the positions of this model, which have several axes: use a model of the same family",
             ),
             "inputs_embeds": (

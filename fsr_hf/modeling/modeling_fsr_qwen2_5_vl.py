@@ -90,7 +90,6 @@ class FSRQwen2_5_VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin,
     config_class = FSRQwen2_5_VLConfig
     config: FSRQwen2_5_VLConfig
     inner_class = FSRQwen2_5_VLModel
-    has_position_axes = True
 
 
 register_stock_keys(FSRQwen2_5_VLForConditionalGeneration, "Qwen2VLForConditionalGeneration")

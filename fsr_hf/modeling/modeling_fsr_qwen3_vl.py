@@ -112,4 +112,3 @@ class FSRQwen3VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin, Qw
     config_class = FSRQwen3VLConfig
     config: FSRQwen3VLConfig
     inner_class = FSRQwen3VLModel
-    has_position_axes = True

@@ -29,6 +29,7 @@ class QwenVLMixin(FSRModelMixin):
     # Token types are found from the ids: those of the whole prompt do not fit the compressed one.
     visual_inputs: ClassVar[tuple[str, ...]] = (*_INPUTS["image"], *_INPUTS["video"], "mm_token_type_ids")
     pixel_inputs = tuple(pixels for pixels, _ in _INPUTS.values())
+    has_position_axes = True
     # What `get_rope_index` takes beside ids, mask and token types.
     rope_deltas: Any
     visual: Any

@@ -38,8 +38,8 @@ DEFAULTS = {
 }
 # What a family puts in the place of None.
 FAMILY_DEFAULTS = {
-    FSRLlavaConfig: {"num_visual_tokens": 128, "pool": "item", "positions": "compact"},
-    FSRLlavaNextConfig: {"retention_ratio": 1 / 9, "pool": "view", "positions": "compact"},
+    FSRLlavaConfig: {"num_visual_tokens": 128, "pool": "item", "positions": "original"},
+    FSRLlavaNextConfig: {"retention_ratio": 1 / 9, "pool": "view", "positions": "original"},
     FSRQwen2_5_VLConfig: {
         "retention_ratio": 0.5,
         "relevance": "none",

@@ -252,6 +252,18 @@ def test_hidden_states_without_a_cache(family, inputs):
             torch.testing.assert_close(mine[row, -size:], theirs[0], rtol=1e-3, atol=1e-4)
 
 
+def test_flash_attention_gets_a_mask(family, monkeypatch):
+    """It reads a jump in the positions of a single row as the start of a packed sequence, if there is no mask."""
+    model, _ = models(family.name)
+    inputs = family.inputs([[BOS, 5, family.item(), 6, 7]])
+    pruned = model.model.compress(**inputs)
+    monkeypatch.setattr(model.config.get_text_config(), "_attn_implementation_internal", "flash_attention_2")
+    with_flash = model.model.compress(**inputs)
+    has_gaps = bool((pruned.position_ids[0].diff() != 1).any() if pruned.position_ids.ndim == 2 else False)
+    assert with_flash.attention_mask.shape[1] - pruned.attention_mask.shape[1] == has_gaps
+    assert with_flash.attention_mask.all() != has_gaps
+
+
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
 def test_one_row_without_padding_and_cache(family, positions, options, monkeypatch):

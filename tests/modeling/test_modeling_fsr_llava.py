@@ -172,24 +172,27 @@ def test_images_that_touch():
     assert torch.equal(model.generate(**FAMILY.inputs(rows), max_new_tokens=4, do_sample=False)[:, -4:], expected)
 
 
+@pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
-def test_original_positions(inputs, options):
-    """Kept tokens and text where they were in the full prompt; decoding goes on from there."""
-    model = FAMILY.build(fsr_config={"positions": "original"})
+def test_positions(inputs, options, positions):
+    """Kept tokens and text where they were in the full prompt, or one after the other; decoding goes on from there."""
+    model = FAMILY.build(fsr_config={"positions": positions})
     family = dataclasses.replace(FAMILY, positions=lambda _, inputs: inputs["attention_mask"].cumsum(-1) - 1)
     oracle = Oracle(family, model, models("llava")[1])
     prompts = [oracle.compress(row) for row in FAMILY.rows()]
     expected = oracle.decode(prompts, 6)[0]
     if "num_beams" in options:
         expected = torch.stack([oracle.beam_search(prompt, 6, 2)[0][0] for prompt in prompts])
-    compact = Oracle(FAMILY, *models("llava"))
-    assert not torch.equal(compact.decode([compact.compress(FAMILY.rows()[0])], 6)[0], expected[:1])
+    others = FAMILY.build(fsr_config={"positions": "compact" if positions == "original" else "original"})
+    other = Oracle(family, others, models("llava")[1])
+    assert not torch.equal(other.decode([other.compress(FAMILY.rows()[0])], 6)[0], expected[:1])
     out = model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)
     assert torch.equal(out[:, -6:], expected)
 
 
-def test_original_positions_with_candidates():
-    model = FAMILY.build(fsr_config={"positions": "original"})
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_positions_with_candidates(positions):
+    model = FAMILY.build(fsr_config={"positions": positions})
     family = dataclasses.replace(FAMILY, positions=lambda _, inputs: inputs["attention_mask"].cumsum(-1) - 1)
     oracle = Oracle(family, model, models("llava")[1])
     row = [BOS, 5, FAMILY.item(), 10, 11, 12, 13, 14, 10, 11]

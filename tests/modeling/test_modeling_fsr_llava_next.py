@@ -237,7 +237,7 @@ def test_default_is_a_ninth():
     config = FSRLlavaNextConfig()
     fsr = config.fsr_config
     assert (fsr.retention_ratio, fsr.num_visual_tokens) == (1 / 9, None)
-    assert (fsr.pool, fsr.positions) == ("view", "compact")
+    assert (fsr.pool, fsr.positions) == ("view", "original")
     assert fsr.budget(2880) == 320
     assert FSRLlavaNextConfig(fsr_config={"num_visual_tokens": 640}).fsr_config.retention_ratio is None
 
@@ -269,15 +269,18 @@ def test_a_picture_within_the_budget_stays_bit_for_bit(model, settings, pool):
         assert len(selection.grid) == image.length
 
 
-def test_original_positions(settings):
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_positions(settings, positions):
     """Kept tokens and the words after them are where they were in the full prompt, and decoding goes on from there."""
-    settings(positions="original")
+    settings(positions=positions)
     model, reference = models("llava_next")
     rows = [row((100, 140), (20, 1500)), row((30, 190)), [BOS, 5, 6, 7]]
     family = replace(FAMILY, positions=lambda _, inputs: inputs["attention_mask"].cumsum(-1) - 1)
     answers = Oracle(family, model, reference)
     prompts = [answers.compress(parts) for parts in rows]
-    assert prompts[0].positions[0, -1] == len(prompts[0].ids) - 1 > len(prompts[0].embeds)
+    last = len(prompts[0].ids if positions == "original" else prompts[0].embeds) - 1
+    assert prompts[0].positions[0, -1] == last
+    assert len(prompts[0].ids) > len(prompts[0].embeds)
     expected, _ = answers.decode(prompts, 6)
     inputs = FAMILY.inputs(rows)
     new = model.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]
