@@ -1053,6 +1053,17 @@ def test_empty_cache_of_the_caller(case):
         assert out.past_key_values is cache
 
 
+def test_empty_static_cache_whose_length_only_the_device_knows(case, monkeypatch):
+    """As on a GPU: transformers keeps the length of a static cache there."""
+    monkeypatch.setattr(compression, "cache_length", lambda cache: 0 if cache is None else None)
+    cache = StaticCache(config=case.model.config.get_text_config(), max_cache_len=200)
+    assert torch.equal(case.generate(past_key_values=cache), case.expected[0])
+    cache.reset()
+    with torch.no_grad():
+        logits = case.model(**case.inputs, past_key_values=cache).logits
+    assert torch.equal(logits[:, -1].argmax(-1), case.expected[0][:, 0])
+
+
 def conversation(case, cache_of):
     """A first call, its cache, and a follow-up of ids alone and with pixels."""
     row = case.rows[0]

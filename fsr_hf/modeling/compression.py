@@ -19,6 +19,7 @@ from .guards import (
     check_outputs,
     count_placed,
     get_cache,
+    is_filled,
     is_unpruned,
     warn_if_untested,
 )
@@ -519,7 +520,7 @@ def check_prompt(input_ids, attention_mask, kwargs: dict[str, Any], refused=REFU
             "Pixels need `input_ids`: FSR finds the placeholders of images in them. (PEFT prompt tuning takes "
             "them away: use an adapter on the weights, such as LoRA.)"
         )
-    if cache_length(get_cache(kwargs)) != 0:
+    if is_filled(get_cache(kwargs)):
         raise ValueError(
             "`past_key_values` (`cache`) already holds tokens, and `forward()` cannot tell which of `input_ids` they "
             "are: go on by `generate(**inputs_of_the_whole_conversation, past_key_values=cache)`, or leave it out. "

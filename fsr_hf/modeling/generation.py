@@ -19,7 +19,7 @@ from .conversation import (
     remember,
     remember_positions,
 )
-from .guards import VERSION, Draft, PromptGuard, cache_length, get_cache, guarded, unpruned
+from .guards import VERSION, Draft, PromptGuard, get_cache, guarded, is_filled, unpruned
 from .outer import OuterModelMixin
 from .prompt import CompressedPrompt, check_no_placeholders, compact_positions, infer_attention_mask
 from .signatures import FSR_ARGUMENTS, adopt_signature
@@ -60,7 +60,7 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
         arguments = {name: kwargs.pop(name) for name in _ARGUMENTS_OF_GENERATE if name in kwargs}
         generation_config = arguments.get("generation_config")
         if getattr(generation_config, "is_assistant", False):  # this model drafts for another one, on its prompt
-            outputs = None if cache_length(get_cache(kwargs)) else kwargs.get("mm_encoder_outputs")
+            outputs = None if is_filled(get_cache(kwargs)) else kwargs.get("mm_encoder_outputs")
             with guarded(Draft(outputs)) if outputs else unpruned():
                 return super().generate(inputs, **arguments, **kwargs)
 
@@ -100,7 +100,7 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
                 check_no_placeholders(input_ids, starts, self.model.placeholder_ids, self.model.pixel_inputs)
             return self._generate_unpruned(inputs, options, arguments, kwargs, {}, output_visual_selection, [])
 
-        if conversation is None and cache_length(cache) != 0:
+        if conversation is None and is_filled(cache):
             raise ValueError(
                 "`past_key_values` (`cache`) already holds tokens that no FSR model wrote, so images cannot join "
                 "them: pass the whole conversation without it, or `fsr_enabled=False` to run unpruned. (PEFT prefix "
@@ -166,7 +166,7 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
     def _generate_unpruned(self, inputs, options, arguments, kwargs, visual, output_visual_selection, selections):
         """The stock method on a prompt within its budget, or of words alone, whose cache a conversation may use."""
         # A cache of the caller that is not empty holds what FSR did not write.
-        is_start = not cache_length(get_cache(kwargs))
+        is_start = not is_filled(get_cache(kwargs))
         with unpruned():
             output = super().generate(inputs, **arguments, **(visual or {}), **kwargs)
         is_dict = not isinstance(output, torch.Tensor)

@@ -30,6 +30,7 @@ __all__ = [
     "count_placed",
     "get_cache",
     "guarded",
+    "is_filled",
     "is_unpruned",
     "name_cache",
     "unpruned",
@@ -82,6 +83,11 @@ def cache_length(cache: Any) -> int | None:
     if isinstance(length, torch.Tensor):
         return int(length) if length.device.type == "cpu" else None
     return int(length)
+
+
+def is_filled(cache: Any) -> bool:
+    """Whether a cache holds anything. Waits for the device if only that knows."""
+    return cache is not None and int(cache.get_seq_length()) > 0
 
 
 class PromptGuard:
