@@ -1053,6 +1053,86 @@ def test_empty_cache_of_the_caller(case):
         assert out.past_key_values is cache
 
 
+def test_ngrams_of_a_short_row_in_a_batch(case):
+    """What fills a shorter row is no word of it: the same tokens are banned as in the row alone."""
+    item = case.family.item(seed=5)
+    short, long = [7, item, 8, 7], [BOS, 5, case.family.item(seed=6), *range(9, 18)]
+    options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    for settings in ({"no_repeat_ngram_size": 2}, {"repetition_penalty": 1.7}):
+        alone = case.model.generate(**case.family.inputs([short]), **options, **settings).scores[0]
+        batch = case.model.generate(**case.family.inputs([short, long]), **options, **settings).scores[0]
+        assert torch.equal(batch[0].isinf(), alone[0].isinf()), settings
+        finite = alone[0].isfinite()
+        close(batch[0][finite], alone[0][finite])
+
+
+def test_penalties_after_a_row_that_ended_early(case):
+    """The end of a shorter answer, and the padding behind it, are no words of the conversation."""
+    first = case.generate(case.family.inputs(case.rows[:2]), max_new_tokens=5)
+    eos = int(first[0, 2])
+    if eos in first[0, :2] or eos in first[1]:
+        pytest.skip("both rows end there")
+    options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "eos_token_id": eos}
+    out = case.model.generate(**case.family.inputs(case.rows[:2]), **options)
+    answers = out.sequences[:, case.inputs["input_ids"].shape[1] :].tolist()
+    x, y = answers[0][:2]
+    rows = [[*case.rows[0], x, y, 30, 31, 32, x], [*case.rows[1], *answers[1], 33, 34]]  # without the end
+    questions = [[case.oracle.question(row)] * sum(isinstance(p, Item) for p in row) for row in case.rows[:2]]
+    prompts = [case.oracle.compress(row, questions=q) for row, q in zip(rows, questions)]
+    for settings, choose in (
+        ({"no_repeat_ngram_size": 2}, no_repeat(2)),
+        ({"repetition_penalty": 3.0}, penalize(3.0)),
+    ):
+        expected = case.oracle.decode(prompts[:1], 3, choose)[0]
+        tokens = case.generate(
+            case.family.inputs(rows), past_key_values=copy.deepcopy(get_cache(out)), max_new_tokens=3, **settings
+        )
+        assert torch.equal(tokens[:1], expected), settings
+
+
+def test_calls_from_a_callback(case):
+    """A call of the model in a callback of `generate` prunes as any other, whatever `generate` runs."""
+    one = case.family.inputs([case.rows[0]])
+    with torch.no_grad():
+        expected = case.model(**one).logits
+        smaller = case.model(**one, num_visual_tokens=4).logits
+    seen = []
+
+    class Ask(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append((case.model(**one).logits, case.model(**one, num_visual_tokens=4).logits))
+            return scores
+
+    text = case.family.inputs([case.rows[2]], query=False)
+    runs = [text, one] if VERSION < (5, 23) else [text, one, {**one, "num_visual_tokens": 10**6}]
+    for inputs in runs:
+        case.generate(inputs, max_new_tokens=1, logits_processor=LogitsProcessorList([Ask()]))
+    assert len(seen) == len(runs)
+    for logits, with_budget in seen:
+        assert torch.equal(logits, expected)
+        assert torch.equal(with_budget, smaller)
+
+
+def test_disabled_in_the_second_turn(case):
+    """After a first turn within its budget the second one runs unpruned, from the cache."""
+    turns = Turns(case, [list(case.rows[0]), list(case.rows[2])])
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    out = case.model.generate(**turns.inputs(), **options, num_visual_tokens=10**6)
+    turns.add(out.sequences[:, -3:], [[40, *new_items(case, 91), 41], [42]])
+    prompts = [case.oracle.compress(row, enabled=False) for row in turns.rows]
+    tokens = case.generate(turns.inputs(), past_key_values=get_cache(out), fsr_enabled=False)
+    assert torch.equal(tokens, case.oracle.decode(prompts, NEW)[0])
+
+
+def test_a_static_cache_without_room(case):
+    turns = Turns(case, [list(case.rows[0])])
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    out = case.model.generate(**turns.inputs(), **options, cache_implementation="static")
+    turns.add(out.sequences[:, -3:], [[40, 41, 42]])
+    with pytest.raises(ValueError, match=r"room for \d+ tokens, but this turn .* needs"):
+        case.model.generate(**turns.inputs(), past_key_values=get_cache(out), max_new_tokens=20)
+
+
 def test_empty_static_cache_whose_length_only_the_device_knows(case, monkeypatch):
     """As on a GPU: transformers keeps the length of a static cache there."""
     monkeypatch.setattr(compression, "cache_length", lambda cache: 0 if cache is None else None)

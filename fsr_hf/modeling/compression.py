@@ -12,6 +12,7 @@ from transformers.utils.generic import can_return_tuple
 from .conversation import Conversation, continue_positions, remember_positions
 from .fsr import select_visual_tokens
 from .guards import (
+    VERSION,
     Draft,
     PlacementCounter,
     active_guard,
@@ -174,7 +175,7 @@ class FSRModelMixin(TextEncoderMixin):
         fsr = self._override(kwargs)
         guard = active_guard()
         visual = self.pop_visual(dict(kwargs))
-        if visual is None or not fsr.enabled or is_unpruned(guard):
+        if visual is None or not fsr.enabled or (is_unpruned(guard) and not self._is_nested(kwargs)):
             return False
         items = self.build_items(**visual)
         return any(fsr.budget(item.num_candidates) < item.num_candidates for item in items)
@@ -281,7 +282,9 @@ class FSRModelMixin(TextEncoderMixin):
         is_padded = self._is_padded(host_mask, items, counts, starts, columns.shape[1])
         if conversation is not None:
             device = ids.device
-            ids = torch.cat([conversation.input_ids.to(device), ids], dim=1)
+            # What no longer counts, such as padding behind an answer, is no word of the row.
+            past_ids = torch.where(past_mask.to(device) == 0, slack_ids, conversation.input_ids.to(device))
+            ids = torch.cat([past_ids, ids], dim=1)
             mask = torch.cat([past_mask.to(mask), mask], dim=1)
             positions = torch.cat([conversation.position_ids.to(device), positions], dim=-1)
             pruned_rows, is_padded = pruned_rows | conversation.pruned_rows, is_padded or not past_mask.all()
@@ -420,7 +423,7 @@ class FSRModelMixin(TextEncoderMixin):
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, **kwargs):
         guard = active_guard()
-        if is_unpruned(guard):
+        if is_unpruned(guard) and not self._is_nested(kwargs):
             kwargs = {name: value for name, value in kwargs.items() if name not in FSR_ARGUMENTS}
             return self._forward_stock(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         check_arguments(kwargs)
@@ -441,6 +444,14 @@ class FSRModelMixin(TextEncoderMixin):
         length = input_ids.shape[1]
         outputs["last_hidden_state"] = carry_states(outputs.last_hidden_state, prompt.columns, length)
         return outputs
+
+    def _is_nested(self, kwargs: dict[str, Any]) -> bool:
+        """
+        Whether a callback of an unpruned `generate()` makes this call, which is its own affair: it has arguments of
+        FSR, or pixels, which `generate` itself encodes ahead from 5.23 on.
+        """
+        names = (*FSR_ARGUMENTS, *(self.pixel_inputs if VERSION >= (5, 23) else ()))
+        return any(kwargs.get(name) is not None for name in names)
 
     def _forward_as_it_is(self, guard, fsr, input_ids, attention_mask, kwargs):
         """A call without pixels: a step of `generate()` or of a caller's own loop, or text."""

@@ -7,10 +7,17 @@ from typing import Any
 
 import torch
 
-from .guards import cache_length
 
-
-__all__ = ["Conversation", "continue_positions", "get_conversation", "remember", "remember_positions"]
+__all__ = [
+    "Conversation",
+    "continue_positions",
+    "forget",
+    "get_conversation",
+    "has_conversation",
+    "is_pruned_cache",
+    "remember",
+    "remember_positions",
+]
 
 _NEXT_POSITION = "fsr_position_offset"
 _CONVERSATION = "fsr_conversation"
@@ -156,6 +163,11 @@ def get_conversation(cache: Any) -> Conversation | None:
     return conversation
 
 
+def has_conversation(cache: Any) -> bool:
+    """Whether a cache that is not empty holds what FSR remembers, pruned or not."""
+    return getattr(cache, _CONVERSATION, None) is not None and bool(_entries(cache))
+
+
 def is_pruned_cache(cache: Any) -> bool:
     """Whether a cache that is not empty holds a prompt that FSR compressed."""
     if getattr(cache, _NEXT_POSITION, None) is None or not _entries(cache):
@@ -186,11 +198,10 @@ def continue_positions(attention_mask: torch.Tensor | None, num_new: int, batch:
     offset = getattr(cache, _NEXT_POSITION, None)
     if offset is None:
         return None
-    cached = cache_length(cache)
-    if cached == 0:  # emptied, and used anew
+    cached = _entries(cache)
+    if not cached:  # emptied, and used anew
         forget(cache)
         return None
-    cached = _entries(cache) if cached is None else cached
     if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] != cached + num_new:
         raise ValueError(
             f"`attention_mask` has {attention_mask.shape[1]} columns, but the cache of the compressed prompt and the "

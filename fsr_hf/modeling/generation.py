@@ -5,7 +5,7 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, NoRepeatNGramLogitsProcessor
 from transformers import __version__ as transformers_version
 from transformers.utils import TransformersKwargs
 
@@ -15,6 +15,7 @@ from .conversation import (
     Conversation,
     forget,
     get_conversation,
+    has_conversation,
     is_pruned_cache,
     remember,
     remember_positions,
@@ -83,7 +84,7 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
                     "`past_key_values` (`cache`) comes from a prompt that FSR compressed: it cannot go on with "
                     "`fsr_enabled=False`. Pass the whole conversation, pixels included, without a cache."
                 )
-            if not has_own_layout:
+            if not has_own_layout and not has_conversation(cache):
                 with unpruned():
                     return super().generate(inputs, **arguments, **kwargs)
 
@@ -139,7 +140,20 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
         for name in ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids"):
             kwargs.pop(name, None)
         view = FullPromptView(input_ids, prompt.input_ids.shape[1])
-        self._shift_lengths(options, arguments, kwargs, length - view.compressed_length)
+        if conversation is not None:
+            _check_room(cache, view.compressed_length, options, length)
+        changes = self._lengths(options, length - view.compressed_length)
+        if options.no_repeat_ngram_size:  # slack would make n-grams that no row has
+            processors = [*(arguments.get("logits_processor") or ())]
+            if not any(type(processor) is NoRepeatNGramLogitsProcessor for processor in processors):
+                processors.append(NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size))
+            arguments["logits_processor"] = processors
+            changes["no_repeat_ngram_size"] = 0
+        if arguments.get("generation_config") is None or changes.keys() & kwargs.keys():
+            kwargs |= changes
+        else:
+            arguments["generation_config"] = copy.deepcopy(arguments["generation_config"])
+            arguments["generation_config"].update(**changes)
         if prompt.mm_encoder_outputs:
             kwargs["mm_encoder_outputs"] = prompt.mm_encoder_outputs
         past_length = 0 if conversation is None else conversation.length
@@ -167,7 +181,7 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
         """The stock method on a prompt within its budget, or of words alone, whose cache a conversation may use."""
         # A cache of the caller that is not empty holds what FSR did not write.
         is_start = not is_filled(get_cache(kwargs))
-        with unpruned():
+        with unpruned() if visual else guarded(None):
             output = super().generate(inputs, **arguments, **(visual or {}), **kwargs)
         is_dict = not isinstance(output, torch.Tensor)
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
@@ -235,18 +249,14 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
 
     # ------------------------------------------------------------------ options
 
-    def _shift_lengths(self, options, arguments, kwargs, difference: int) -> None:
-        """Lengths that count the caller's prompt become lengths that count the compressed one."""
+    def _lengths(self, options, difference: int) -> dict[str, int]:
+        """Lengths that count the compressed prompt, in place of those that count the caller's."""
         lengths = {}
         if options.max_new_tokens is None and options.max_length is not None:
             lengths["max_length"] = options.max_length - difference
         if options.min_new_tokens is None and options.min_length:
             lengths["min_length"] = max(options.min_length - difference, 0)
-        if arguments.get("generation_config") is None or lengths.keys() & kwargs.keys():
-            kwargs |= lengths
-        else:
-            arguments["generation_config"] = copy.deepcopy(arguments["generation_config"])
-            arguments["generation_config"].update(**lengths)
+        return lengths
 
     def _check_generation(self, options: GenerationConfig, model_kwargs, arguments, kwargs) -> None:
         """Refuse what would be wrong with a compressed prompt, and names that nothing reads."""
@@ -351,3 +361,19 @@ def _reads_text_positions(model: Any) -> bool:
     """Whether `model` is one of text, with positions of one axis."""
     stock = GenerationMixin._prepare_position_ids_for_generation
     return model is not None and type(model)._prepare_position_ids_for_generation is stock
+
+
+def _check_room(cache: Any, compressed_length: int, options: GenerationConfig, length: int) -> None:
+    """
+    Raises:
+        ValueError: if a static cache has no room for a turn.
+    """
+    room = getattr(cache.layers[0], "max_cache_len", None) if getattr(cache, "layers", None) else None
+    num_new = options.max_new_tokens
+    if num_new is None:
+        num_new = 20 if options.max_length is None else options.max_length - length
+    if isinstance(room, int) and 0 < room < compressed_length + num_new - 1:
+        raise ValueError(
+            f"The cache has room for {room} tokens, but this turn of the conversation needs {compressed_length} and "
+            f"{num_new} new ones. Pass a `StaticCache` with a larger `max_cache_len` from the first turn on, or none."
+        )
