@@ -78,13 +78,9 @@ class FSRLlavaNextModel(CLIPTowerMixin, LlavaNextModel):
         num_views = self._num_views(list_sizes(image_sizes))
         rows = [item.row for item, number in zip(items, num_views) for _ in range(number)]
         with offloaded_params_loaded(self):
+            choice = {"layer": vision_feature_layer, "strategy": vision_feature_select_strategy}
             outputs, saliency, relevance = self.run_clip_tower(
-                pixel_values,
-                rows,
-                query,
-                vision_feature_layer,
-                vision_feature_select_strategy,
-                image_sizes=image_sizes,
+                pixel_values, rows, query, **choice, image_sizes=image_sizes
             )
         # Each placeholder's patch among those of all views; any patch for a newline.
         firsts = torch.tensor([0, *num_views])[:-1].cumsum(0)
