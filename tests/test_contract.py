@@ -1126,11 +1126,12 @@ def test_disabled_in_the_second_turn(case):
 
 def test_a_static_cache_without_room(case):
     turns = Turns(case, [list(case.rows[0])])
-    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
-    out = case.model.generate(**turns.inputs(), **options, cache_implementation="static")
-    turns.add(out.sequences[:, -3:], [[40, 41, 42]])
-    with pytest.raises(ValueError, match=r"room for \d+ tokens, but this turn .* needs"):
-        case.model.generate(**turns.inputs(), past_key_values=get_cache(out), max_new_tokens=20)
+    room = len(case.prompts[0].columns) + 10
+    cache = StaticCache(config=case.model.config.get_text_config(), max_cache_len=room)
+    turns.add(case.generate(turns.inputs(), past_key_values=cache, max_new_tokens=3), [[40, 41, 42]])
+    with pytest.raises(ValueError, match=f"room for {room} tokens, but this turn .* needs {room - 4} and 20 new ones"):
+        case.model.generate(**turns.inputs(), past_key_values=cache, max_new_tokens=20)
+    assert torch.equal(case.generate(turns.inputs(), past_key_values=cache, max_new_tokens=5), turns.expected(5))
 
 
 def test_empty_static_cache_whose_length_only_the_device_knows(case, monkeypatch):
