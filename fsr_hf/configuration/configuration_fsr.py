@@ -257,6 +257,8 @@ class FSRConfigMixin:
 
     # The family's defaults for the fields of FSRConfig that are None.
     fsr_defaults: ClassVar[dict[str, Any]] = {}
+    # Why patches of the family cannot be compared with the question; `None` where they can.
+    no_relevance_reason: ClassVar[str | None] = None
     # What is no prediction to Trainer, so that it gathers logits alone, whether a batch was pruned or not.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *("cache", "past_key_values", "rope_deltas"),
@@ -296,6 +298,11 @@ class FSRConfigMixin:
                 config._family_budget = (name, default)
         if self.__dict__.get("_attn_implementation_internal") is not None:
             config._attn_implementation = self._attn_implementation
+        if self.no_relevance_reason and (config.uses_relevance or config.text_encoder_config is not None):
+            raise ValueError(
+                '`fsr_config.relevance="clip"` and `fsr_config.text_encoder_config` are not supported: '
+                f'{self.no_relevance_reason} FSR ranks them by saliency alone here: leave `relevance` at "none".'
+            )
         return config
 
     @classmethod

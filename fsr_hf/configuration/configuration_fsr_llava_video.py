@@ -83,22 +83,17 @@ class FSRLlavaVideoConfig(RemoteCodeMixin, FSRConfigMixin, LlavaOnevisionConfig)
     }
 
     spatial_pool_mode: Literal["bilinear", "average"] = "bilinear"
+    no_relevance_reason: ClassVar[str | None] = (
+        "no CLIP shares a space with the patches of a SigLIP tower, and SigLIP's own text "
+        "side is not part of the model."
+    )
+
     fsr_config: dict | PreTrainedConfig | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "spatial_pool_mode" and value not in ("bilinear", "average"):
             raise ValueError(f'`spatial_pool_mode={value!r}` is not allowed: it must be "bilinear" or "average".')
         super().__setattr__(name, value)
-
-    def _complete_fsr_config(self, value):
-        config = super()._complete_fsr_config(value)
-        if config.uses_relevance or config.text_encoder_config is not None:
-            raise ValueError(
-                '`fsr_config.relevance="clip"` and `fsr_config.text_encoder_config` are not supported: no CLIP shares '
-                "a space with the patches of a SigLIP tower, and SigLIP's own text side is not part of the model. FSR "
-                'ranks them by saliency alone here: leave `relevance` at "none".'
-            )
-        return config
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

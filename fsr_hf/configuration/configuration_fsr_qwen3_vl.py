@@ -42,14 +42,8 @@ class FSRQwen3VLConfig(RemoteCodeMixin, FSRConfigMixin, Qwen3VLConfig):
         "positions": "original",
     }
 
-    fsr_config: dict | PreTrainedConfig | None = None
+    no_relevance_reason: ClassVar[str | None] = (
+        "the vision tower of Qwen3-VL comes from no CLIP, so no text encoder shares a space with its patches."
+    )
 
-    def _complete_fsr_config(self, value):
-        config = super()._complete_fsr_config(value)
-        if config.uses_relevance or config.text_encoder_config is not None:
-            raise ValueError(
-                '`fsr_config.relevance="clip"` and `fsr_config.text_encoder_config` are not supported: the vision '
-                "tower of Qwen3-VL comes from no CLIP, so no text encoder shares a space with its patches. FSR ranks "
-                'them by saliency alone here: leave `relevance` at "none".'
-            )
-        return config
+    fsr_config: dict | PreTrainedConfig | None = None

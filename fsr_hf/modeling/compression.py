@@ -474,8 +474,7 @@ class FSRModelMixin(TextEncoderMixin):
             num_beyond = input_ids.shape[1] - guard.length + (0 if cache is None else guard.columns_fed)
             if is_kept and num_beyond > 0:
                 kept = kwargs["mm_encoder_outputs"] = self._with_words(kept, input_ids, num_beyond)
-            num_features = sum(len(f) for output in (kept or {}).values() for f in output.pooler_output)
-            guard.check_inputs(input_ids.shape[1], num_features, {"attention_mask": attention_mask, **kwargs})
+            guard.check_inputs(input_ids.shape[1], _count_features(kept), {"attention_mask": attention_mask, **kwargs})
         if is_kept:
             return self._forward_kept(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         return self._forward_stock(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -511,12 +510,16 @@ class FSRModelMixin(TextEncoderMixin):
         """The stock `forward()` of a prompt that is compressed already."""
         if torch.compiler.is_compiling():
             return self._forward_stock(**inputs)
-        num_features = sum(len(f) for output in inputs["mm_encoder_outputs"].values() for f in output.pooler_output)
+        num_features = _count_features(inputs["mm_encoder_outputs"])
         cached = cache_length(get_cache(inputs))
         with PlacementCounter() as counter:
             outputs = self._forward_stock(**inputs)
         check_outputs(counter.placed, num_features, cached, inputs["input_ids"].shape[1], outputs)
         return outputs
+
+
+def _count_features(mm_encoder_outputs: dict[str, Any] | None) -> int:
+    return sum(len(features) for output in (mm_encoder_outputs or {}).values() for features in output.pooler_output)
 
 
 def check_prompt(input_ids, attention_mask, kwargs: dict[str, Any], refused=REFUSED_WITH_PIXELS) -> None:
