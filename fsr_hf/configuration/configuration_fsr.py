@@ -35,7 +35,7 @@ _RULES = {
     "relevance": (_one_of("clip", "none", None), '"clip", "none" or None'),
     "invert_relevance": (_one_of(True, False), "True or False"),
     "text_encoder_config": (
-        lambda v: v is None or isinstance(v, (dict, PreTrainedConfig)),
+        lambda v: isinstance(v, (dict, PreTrainedConfig, type(None))),
         "a CLIPTextConfig, its dict, or None",
     ),
     "pool": (_one_of("view", "item", None), '"view", "item", or None for the family\'s default'),
@@ -46,10 +46,6 @@ _REMOVED = {"newline": "newline tokens of a pruned image or video are always dro
 # Fields of the text tower, less those that every config has: what `to_dict` writes of it.
 _TEXT_FIELDS = {field.name for field in fields(CLIPTextConfig)} - {field.name for field in fields(PreTrainedConfig)}
 _BUDGETS = ("num_visual_tokens", "retention_ratio")
-_BOTH_BUDGETS = (
-    "`num_visual_tokens={}` and `retention_ratio={}` are both set, but a budget is either a number of tokens or a "
-    "share of them: set one and leave the other None."
-)
 
 
 def check_fsr_value(name: str, value: Any) -> None:
@@ -63,16 +59,35 @@ def check_fsr_value(name: str, value: Any) -> None:
         raise ValueError(f"`{name}={value!r}` is not allowed: `{name}` must be {allowed}.")
 
 
-def _make_text_config(values: dict[str, Any]) -> CLIPTextConfig:
-    """
-    Raises:
-        `ValueError`: for a key that [`CLIPTextConfig`] would keep and never read.
-    """
-    known = {*CLIPTextConfig().to_dict(), "_commit_hash", "attn_implementation", "name_or_path", "torch_dtype"}
-    if unknown := sorted(values.keys() - known):
+def _check_budgets(tokens: Any, ratio: Any) -> None:
+    if tokens is not None and ratio is not None:
         raise ValueError(
-            f"`text_encoder_config` has no field {', '.join(f'`{name}={values[name]!r}`' for name in unknown)}. Its "
-            f"fields are those of CLIPTextConfig: {', '.join(sorted(_TEXT_FIELDS))}."
+            f"`num_visual_tokens={tokens}` and `retention_ratio={ratio}` are both set, but a budget is either a "
+            "number of tokens or a share of them: set one and leave the other None."
+        )
+
+
+def _list(values: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}={value!r}`" for name, value in sorted(values.items()))
+
+
+def _refuse_unknown(values: dict[str, Any]) -> None:
+    for name in values.keys() & _REMOVED.keys():
+        raise ValueError(
+            f"FSRConfig has this field no more: {_list({name: values[name]})}: {_REMOVED[name]}. Take it out of "
+            "`fsr_config`."
+        )
+    if values:
+        raise ValueError(f"FSRConfig has no field {_list(values)}. Its fields are {', '.join(_RULES)}.")
+
+
+def _make_text_config(values: dict[str, Any]) -> CLIPTextConfig:
+    """A [`CLIPTextConfig`], which by itself would keep an unknown key and never read it."""
+    known = {*CLIPTextConfig().to_dict(), "_commit_hash", "attn_implementation", "name_or_path", "torch_dtype"}
+    if unknown := {name: value for name, value in values.items() if name not in known}:
+        raise ValueError(
+            f"`text_encoder_config` has no field {_list(unknown)}. Its fields are those of CLIPTextConfig: "
+            f"{', '.join(sorted(_TEXT_FIELDS))}."
         )
     return CLIPTextConfig(**values)
 
@@ -155,7 +170,7 @@ class FSRConfig(PreTrainedConfig):
         if name in _RULES:
             check_fsr_value(name, value)
         elif self._is_built and not name.startswith("_") and not hasattr(self, name):
-            raise ValueError(f"FSRConfig has no field `{name}={value!r}`. Its fields are {', '.join(_RULES)}.")
+            _refuse_unknown({name: value})
         if name == "text_encoder_config" and isinstance(value, dict):
             value = _make_text_config(value)
         super().__setattr__(name, value)
@@ -174,17 +189,8 @@ class FSRConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         # What `PreTrainedConfig` itself reads or writes; anything else is a typo.
         known = {"_commit_hash", "_name_or_path", "name_or_path", "attn_implementation", "model_type", "torch_dtype"}
-        unknown = set(kwargs) - known
-        if removed := sorted(unknown & _REMOVED.keys()):
-            reasons = "; ".join(f"`{name}={kwargs[name]!r}`: {_REMOVED[name]}" for name in removed)
-            raise ValueError(f"FSRConfig has this field no more: {reasons}. Take it out of `fsr_config`.")
-        if unknown:
-            raise ValueError(
-                f"FSRConfig has no field {', '.join(f'`{name}={kwargs[name]!r}`' for name in sorted(unknown))}. "
-                f"Its fields are {', '.join(_RULES)}."
-            )
-        if self.num_visual_tokens is not None and self.retention_ratio is not None:
-            raise ValueError(_BOTH_BUDGETS.format(self.num_visual_tokens, self.retention_ratio))
+        _refuse_unknown({name: value for name, value in kwargs.items() if name not in known})
+        _check_budgets(self.num_visual_tokens, self.retention_ratio)
         kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
 
@@ -199,25 +205,20 @@ class FSRConfig(PreTrainedConfig):
             return max(1, round(self.retention_ratio * num_tokens))
         return min(self.num_visual_tokens or num_tokens, num_tokens)
 
-    def override(self, num_visual_tokens=None, retention_ratio=None, enabled=None) -> "FSRConfig":
-        """A copy for one call, where the given values win over the stored ones."""
+    def override(self, num_visual_tokens=None, retention_ratio=None, fsr_enabled=None, **_: Any) -> "FSRConfig":
+        """A copy for one call, whose arguments of these names win over the stored values."""
         config = copy.copy(self)
-        if num_visual_tokens is not None and retention_ratio is not None:
-            raise ValueError(_BOTH_BUDGETS.format(num_visual_tokens, retention_ratio))
-        if num_visual_tokens is not None:
-            config.num_visual_tokens = num_visual_tokens
-        if retention_ratio is not None:
-            config.retention_ratio = retention_ratio
-        if enabled is not None:
-            if enabled is not True and enabled is not False:
-                raise ValueError(f"`fsr_enabled={enabled!r}` is not allowed: it must be True or False.")
-            config.enabled = enabled
+        given = {"num_visual_tokens": num_visual_tokens, "retention_ratio": retention_ratio}
+        config.update({name: value for name, value in given.items() if value is not None})
+        if fsr_enabled is not None:
+            if fsr_enabled is not True and fsr_enabled is not False:
+                raise ValueError(f"`fsr_enabled={fsr_enabled!r}` is not allowed: it must be True or False.")
+            config.enabled = fsr_enabled
         return config
 
     def update(self, config_dict: dict[str, Any]) -> None:
         """As the stock method; both budgets at once are an error."""
-        if all(config_dict.get(name) is not None for name in _BUDGETS):
-            raise ValueError(_BOTH_BUDGETS.format(*(config_dict[name] for name in _BUDGETS)))
+        _check_budgets(*(config_dict.get(name) for name in _BUDGETS))
         super().update(config_dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -237,9 +238,8 @@ class FSRConfig(PreTrainedConfig):
 def _refuse_outside(cls: type, values: dict[str, Any]) -> None:
     """Refuse fields of [`FSRConfig`] that are given to the model's config, which would keep and never read them."""
     if values:
-        names = ", ".join(f"`{name}={value!r}`" for name, value in values.items())
         raise ValueError(
-            f"{cls.__name__} has no field {names}: it belongs into `fsr_config`, as in "
+            f"{cls.__name__} has no field {_list(values)}: it belongs into `fsr_config`, as in "
             f"`fsr_config={values!r}` or `config.fsr_config.{next(iter(values))} = ...`."
         )
 
@@ -277,11 +277,10 @@ class FSRConfigMixin:
     def _complete_fsr_config(self, value):
         current = self.__dict__.get("fsr_config")
         if value is None or isinstance(value, dict):
-            fields = current.to_dict() if current is not None else {}
-            named_budgets = [name for name in _BUDGETS if (value or {}).get(name) is not None]
-            if named_budgets:
+            named, fields = value or {}, {} if current is None else current.to_dict()
+            if any(named.get(name) is not None for name in _BUDGETS):
                 fields.update(dict.fromkeys(_BUDGETS))
-            config = FSRConfig(**{**fields, **(value or {})})
+            config = FSRConfig(**{**fields, **named})
         elif isinstance(value, PreTrainedConfig) and value.model_type == FSRConfig.model_type:
             config = copy.deepcopy(value)
             if config.text_encoder_config is None and current is not None:

@@ -12,7 +12,7 @@ __all__ = ["FSRLlavaConfig"]
 
 
 class FSRLlavaConfig(RemoteCodeMixin, FSRConfigMixin, LlavaConfig):
-    r"""
+    """
     [`LlavaConfig`] with an [`FSRConfig`]. By default an image keeps 128 of its 576 tokens, in their positions.
 
     Args:
@@ -31,10 +31,6 @@ class FSRLlavaConfig(RemoteCodeMixin, FSRConfigMixin, LlavaConfig):
 
     model_type = "fsr_llava"
     sub_configs: ClassVar[dict] = {**LlavaConfig.sub_configs, "fsr_config": FSRConfig}
-    fsr_defaults: ClassVar[dict] = {
-        "num_visual_tokens": 128,
-        "pool": "item",
-        "positions": "original",
-    }
+    fsr_defaults: ClassVar[dict] = {"num_visual_tokens": 128, "pool": "item", "positions": "original"}
 
     fsr_config: dict | PreTrainedConfig | None = None

@@ -12,30 +12,17 @@ __all__ = ["FSRLlavaNextConfig"]
 
 
 class FSRLlavaNextConfig(RemoteCodeMixin, FSRConfigMixin, LlavaNextConfig):
-    r"""
+    """
     [`LlavaNextConfig`] with an [`FSRConfig`]. By default an image keeps one ninth of its tokens: its base view and its
     tiles have shares in proportion to the tokens that each of them has.
 
     Args:
         fsr_config (`FSRConfig` or `dict`, *optional*):
             The hyper-parameters of the pruning. All other arguments are those of [`LlavaNextConfig`].
-
-    Example:
-
-    ```python
-    >>> from fsr_hf import FSRLlavaNextConfig, FSRLlavaNextForConditionalGeneration
-
-    >>> config = FSRLlavaNextConfig(fsr_config={"num_visual_tokens": 320})
-    >>> model = FSRLlavaNextForConditionalGeneration(config)
-    ```
     """
 
     model_type = "fsr_llava_next"
     sub_configs: ClassVar[dict] = {**LlavaNextConfig.sub_configs, "fsr_config": FSRConfig}
-    fsr_defaults: ClassVar[dict] = {
-        "retention_ratio": 1 / 9,
-        "pool": "view",
-        "positions": "original",
-    }
+    fsr_defaults: ClassVar[dict] = {"retention_ratio": 1 / 9, "pool": "view", "positions": "original"}
 
     fsr_config: dict | PreTrainedConfig | None = None

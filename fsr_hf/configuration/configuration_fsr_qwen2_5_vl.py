@@ -12,7 +12,7 @@ __all__ = ["FSRQwen2_5_VLConfig"]
 
 
 class FSRQwen2_5_VLConfig(RemoteCodeMixin, FSRConfigMixin, Qwen2_5_VLConfig):
-    r"""
+    """
     [`Qwen2_5_VLConfig`] with an [`FSRConfig`]. By default an image or a video keeps half of its tokens, whatever its
     resolution, and the kept ones keep the positions (time, height, width) that they had in the full prompt.
 
@@ -22,15 +22,6 @@ class FSRQwen2_5_VLConfig(RemoteCodeMixin, FSRConfigMixin, Qwen2_5_VLConfig):
             is a temporal slice of a video (two frames). `positions="compact"` numbers what
             is left of the prompt one by one, visual tokens as if they were text. `relevance="clip"` is refused: this
             vision tower comes from no CLIP, so there is no text encoder that a question could be compared in.
-
-    Example:
-
-    ```python
-    >>> from fsr_hf import FSRQwen2_5_VLConfig, FSRQwen2_5_VLForConditionalGeneration
-
-    >>> config = FSRQwen2_5_VLConfig(fsr_config={"retention_ratio": 0.2})
-    >>> model = FSRQwen2_5_VLForConditionalGeneration(config)
-    ```
     """
 
     model_type = "fsr_qwen2_5_vl"
@@ -41,7 +32,6 @@ class FSRQwen2_5_VLConfig(RemoteCodeMixin, FSRConfigMixin, Qwen2_5_VLConfig):
         "pool": "item",
         "positions": "original",
     }
-
     no_relevance_reason: ClassVar[str | None] = (
         "the vision tower of Qwen2.5-VL comes from no CLIP, so no text encoder shares a space with its patches."
     )

@@ -12,7 +12,7 @@ __all__ = ["FSRQwen3VLConfig"]
 
 
 class FSRQwen3VLConfig(RemoteCodeMixin, FSRConfigMixin, Qwen3VLConfig):
-    r"""
+    """
     [`Qwen3VLConfig`] with an [`FSRConfig`]. By default an image or a video keeps half of its tokens, whatever its
     resolution, and the kept ones keep the positions (time, height, width) that they had in the full prompt.
 
@@ -22,15 +22,6 @@ class FSRQwen3VLConfig(RemoteCodeMixin, FSRConfigMixin, Qwen3VLConfig):
             what stands behind one timestamp of a video (two frames). `positions="compact"` numbers what is left of the
             prompt one by one, visual tokens as if they were text. `relevance="clip"` is refused: this vision tower
             comes from no CLIP, so there is no text encoder that a question could be compared in.
-
-    Example:
-
-    ```python
-    >>> from fsr_hf import FSRQwen3VLConfig, FSRQwen3VLForConditionalGeneration
-
-    >>> config = FSRQwen3VLConfig(fsr_config={"retention_ratio": 0.2})
-    >>> model = FSRQwen3VLForConditionalGeneration(config)
-    ```
     """
 
     model_type = "fsr_qwen3_vl"
@@ -41,7 +32,6 @@ class FSRQwen3VLConfig(RemoteCodeMixin, FSRConfigMixin, Qwen3VLConfig):
         "pool": "item",
         "positions": "original",
     }
-
     no_relevance_reason: ClassVar[str | None] = (
         "the vision tower of Qwen3-VL comes from no CLIP, so no text encoder shares a space with its patches."
     )

@@ -15,12 +15,11 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import CLIPConfig, CLIPTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from ..configuration.configuration_fsr_llava_video import is_original_config
 from .cards import card_data, read_base, write_card
 from .families import FAMILIES, Family
 from .files import check_sizes, find_file, foreign_code, known_files, read_json
 from .manifest import CARD, write_manifest
-from .original import make_processor
+from .original import convert_original_config, is_original_config, make_processor
 from .staging import beside, staging_folder
 from .verify import check_loads
 from .weights import PICKLE, Clip, check_vision_tower, find_weights, open_clip, read_text_side, write_weights
@@ -191,6 +190,8 @@ def _make_config(
     for fault in foreign_code(stock, family.auto_map):
         raise ValueError(f"{folder / _CONFIG}: {fault}. Remove it.")
     with _named(folder / _CONFIG, f"with `fsr_config` {fsr_config} it makes no config of FSR"):
+        if is_original_config(stock):
+            stock = convert_original_config(stock)
         config: Any = family.config.from_dict(stock, fsr_config=fsr_config)
     config.architectures = [family.model.__name__]
     if clip is not None:

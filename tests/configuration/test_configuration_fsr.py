@@ -268,9 +268,9 @@ def test_override_wins_for_one_call_and_leaves_the_config(family):
     by_ratio = config.override(retention_ratio=0.5)
     assert (by_ratio.num_visual_tokens, by_ratio.retention_ratio, by_ratio.enabled) == (None, 0.5, True)
     assert config.override(num_visual_tokens=7).num_visual_tokens == 7
-    assert config.override(enabled=False).enabled is False
+    assert config.override(fsr_enabled=False).enabled is False
     assert config.override().num_visual_tokens == 64
-    for wrong in ({"num_visual_tokens": 0}, {"retention_ratio": 1.5}, {"enabled": 1}):
+    for wrong in ({"num_visual_tokens": 0}, {"retention_ratio": 1.5}, {"fsr_enabled": 1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             config.override(**wrong)
     assert config.to_dict() == before

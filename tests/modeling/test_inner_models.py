@@ -9,7 +9,7 @@ import pickle
 import oracle
 import pytest
 import torch
-from families import BOS, FAMILIES, IMAGE_TOKEN, VIDEO_TOKEN, Item, models
+from families import BOS, FAMILIES, Item, models
 from old_keys import old_llava_key, old_qwen_key
 from oracle import Oracle
 from original_llava_video import save_original
@@ -114,8 +114,7 @@ def test_original_checkpoints_of_llava_video_load_whole(is_inner, tmp_path):
     model = models("llava_video")[0]
     save_original(tmp_path, model, mm_spatial_pool_mode="bilinear")
     part = model.model if is_inner else model
-    ids = {"image_token_index": IMAGE_TOKEN, "video_token_index": VIDEO_TOKEN}
-    check_weights(load_whole(type(part), tmp_path, **ids), part.state_dict())
+    check_weights(load_whole(type(part), tmp_path, config=model.config), part.state_dict())
 
 
 # --- Another selector ---

@@ -32,6 +32,7 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from fsr_hf import FSRLlavaVideoConfig, FSRLlavaVideoForConditionalGeneration
+from fsr_hf.hub.original import convert_original_config
 from fsr_hf.modeling.guards import VERSION
 
 
@@ -518,7 +519,10 @@ def test_original_checkpoint(tmp_path):
     model, _ = built("average")
     save_original(tmp_path, model)
     ids = {"image_token_index": IMAGE_TOKEN, "video_token_index": VIDEO_TOKEN}
-    loaded, info = FSRLlavaVideoForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True, **ids)
+    config = FSRLlavaVideoConfig.from_dict(convert_original_config(ORIGINAL_CONFIG), **ids)
+    loaded, info = FSRLlavaVideoForConditionalGeneration.from_pretrained(
+        tmp_path, config=config, dtype="auto", output_loading_info=True
+    )
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     weights = model.state_dict()
     assert loaded.state_dict().keys() == weights.keys()
@@ -543,13 +547,11 @@ def test_original_checkpoint(tmp_path):
     assert config.to_diff_dict() == loaded.config.to_diff_dict()
 
 
-def test_settings_named_while_an_original_loads(tmp_path):
+def test_an_original_config_is_refused_outside_of_an_export(tmp_path):
     save_original(tmp_path, built("bilinear")[0])
-    config = FSRLlavaVideoConfig.from_pretrained(
-        tmp_path, fsr_config={"num_visual_tokens": 7}, spatial_pool_mode="bilinear"
-    )
-    assert (config.fsr_config.num_visual_tokens, config.spatial_pool_mode) == (7, "bilinear")
-    assert config.fsr_config.retention_ratio is None
+    for cls in (FSRLlavaVideoConfig, FSRLlavaVideoForConditionalGeneration):
+        with pytest.raises(ValueError, match=r"layout of LLaVA-Video's own code.*fsr-hf export"):
+            cls.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -565,7 +567,7 @@ def test_settings_named_while_an_original_loads(tmp_path):
 )
 def test_original_configs_that_are_not_supported(field, value, message):
     with pytest.raises(ValueError, match=message):
-        FSRLlavaVideoConfig.from_dict({**ORIGINAL_CONFIG, field: value})
+        FSRLlavaVideoConfig.from_dict(convert_original_config({**ORIGINAL_CONFIG, field: value}))
 
 
 def test_config_of_the_published_checkpoint():
@@ -579,7 +581,7 @@ def test_config_of_the_published_checkpoint():
         "hidden_size": 3584,
         "vocab_size": 152064,
     }
-    config = FSRLlavaVideoConfig.from_dict(published)
+    config = FSRLlavaVideoConfig.from_dict(convert_original_config(published))
     default = FSRLlavaVideoConfig()
     assert config.vision_config.to_dict() == default.vision_config.to_dict()
     assert config.image_grid_pinpoints == default.image_grid_pinpoints
