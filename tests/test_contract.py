@@ -182,7 +182,7 @@ def test_query_is_dropped_where_nothing_is_pruned(case, stock):
 
 
 def test_unpruned_is_the_oracle_with_all_tokens(case):
-    expected = case.oracle.decode(case.compress(enabled=False), NEW)[0]
+    expected = case.oracle.decode(case.compress(fsr_enabled=False), NEW)[0]
     assert torch.equal(case.generate(fsr_enabled=False), expected)
     assert not torch.equal(expected, case.expected[0])  # pruning does change the answers of this model
 
@@ -602,7 +602,7 @@ def test_static_cache_used_again(case):
     """transformers keeps a static cache from one call to the next."""
     text = [BOS, 20, 21, 22]
     expected = case.oracle.decode([case.oracle.compress(text)], 4)[0]
-    unpruned = case.oracle.decode(case.compress(case.rows[:1], enabled=False), 4)[0]
+    unpruned = case.oracle.decode(case.compress(case.rows[:1], fsr_enabled=False), 4)[0]
     one = case.family.inputs(case.rows[:1])
     for _ in range(2):
         options = {"cache_implementation": "static", "max_new_tokens": 4}
@@ -752,7 +752,7 @@ def test_candidates_with_logits_processors(case, candidates):
 
 
 def test_candidates_for_an_unpruned_prompt(case, candidates):
-    expected = case.oracle.decode(case.compress([case.repeated], enabled=False), 12)[0]
+    expected = case.oracle.decode(case.compress([case.repeated], fsr_enabled=False), 12)[0]
     assert not torch.equal(expected, case.expected_one[0])
     for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": case.model}):
         for setting in ({"fsr_enabled": False}, {"num_visual_tokens": 10**6}):
@@ -1119,7 +1119,7 @@ def test_disabled_in_the_second_turn(case):
     options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
     out = case.model.generate(**turns.inputs(), **options, num_visual_tokens=10**6)
     turns.add(out.sequences[:, -3:], [[40, *new_items(case, 91), 41], [42]])
-    prompts = [case.oracle.compress(row, enabled=False) for row in turns.rows]
+    prompts = [case.oracle.compress(row, fsr_enabled=False) for row in turns.rows]
     tokens = case.generate(turns.inputs(), past_key_values=get_cache(out), fsr_enabled=False)
     assert torch.equal(tokens, case.oracle.decode(prompts, NEW)[0])
 

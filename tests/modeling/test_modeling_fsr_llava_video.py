@@ -177,7 +177,7 @@ def test_unpruned_is_the_layout_token_for_token(mode, unpruned, no_stock_videos)
     model, _ = built(mode)
     rows = rows_of(mode)
     inputs = FAMILY.inputs(rows)
-    prompts = [oracle(mode).compress(row, enabled=False) for row in rows]
+    prompts = [oracle(mode).compress(row, fsr_enabled=False) for row in rows]
     expected, logits = oracle(mode).decode(prompts, 6)
     sequences = model.generate(**inputs, **unpruned, max_new_tokens=6, do_sample=False)
     assert torch.equal(sequences[:, inputs["input_ids"].shape[1] :], expected)
