@@ -415,7 +415,7 @@ def test_calls_in_turn_do_not_share_positions():
     expected = {
         "first": oracle_tokens([first], 6)[0].tolist(),
         "second": oracle_tokens([second], 6)[0].tolist(),
-        "unpruned": oracle_tokens([first], 6, enabled=False)[0].tolist(),
+        "unpruned": oracle_tokens([first], 6, fsr_enabled=False)[0].tolist(),
         "text": oracle_tokens([text], 6)[0].tolist(),
     }
     assert len({str(tokens) for tokens in expected.values()}) == 4
