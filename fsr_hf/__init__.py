@@ -1,11 +1,17 @@
 """
 Focus-Scan-Refine visual-token pruning for vision-language models of transformers.
 
-Importing the package registers its classes with `AutoConfig`, `AutoModel`, `AutoModelForImageTextToText` and
-`AutoProcessor`, and makes whatever they save carry its code.
+Importing the package registers its classes with `AutoConfig`, `AutoModel`, `AutoModelForImageTextToText`,
+`AutoModelForMultimodalLM` and `AutoProcessor`, and makes whatever they save carry its code.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from .configuration.configuration_fsr import FSRConfig
 from .configuration.configuration_fsr_llava import FSRLlavaConfig
@@ -58,7 +64,7 @@ __all__ = [
 RemoteCodeMixin._write_remote_code = write_remote_code
 for _family in FAMILIES:
     AutoConfig.register(_family.config.model_type, _family.config, exist_ok=True)
-    AutoModel.register(_family.config, _family.model, exist_ok=True)
-    AutoModelForImageTextToText.register(_family.config, _family.model, exist_ok=True)
+    for _auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        _auto.register(_family.config, _family.model, exist_ok=True)
     if _family.processor is not None:
         AutoProcessor.register(_family.config, _family.processor, exist_ok=True)

@@ -999,6 +999,22 @@ def test_refused_options(case, no_work):
                     case.model.generate(**case.inputs, generation_config=generation_config)
 
 
+def test_refused_in_the_generation_config(case, no_work):
+    for options, message in (
+        ({"num_visual_tokens": 0}, "`num_visual_tokens=0` is not allowed"),
+        ({"num_visual_tokens": 4, "retention_ratio": 0.5}, "both set"),
+        ({"num_visual_token": 4}, "`num_visual_token` is no argument .* `num_visual_tokens`"),
+        ({"rho": 0.5}, "`rho` is no argument of a call"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            case.model.generate(**case.inputs, generation_config=GenerationConfig(**options))
+
+
+def test_continuous_batching_is_refused(case, no_work):
+    with pytest.raises(ValueError, match=r"takes ids alone, so images would be lost\. Use `generate\(\)`"):
+        case.model.generate_batch([case.inputs["input_ids"][0].tolist()])
+
+
 def test_placeholders_without_pixels(case, no_work):
     text = {name: case.inputs[name] for name in ("input_ids", "attention_mask")}
     with pytest.raises(
@@ -1403,6 +1419,18 @@ def test_visual_selections_of_what_is_not_pruned(case):
 # --- 8: budgets for a call ---
 
 
+def test_budget_of_the_generation_config(case, monkeypatch):
+    """Of a call, else of the model: where servers put what a request says."""
+    unpruned = case.generate(fsr_enabled=False, max_new_tokens=4)
+    assert not torch.equal(unpruned, case.expected[0][:, :4])  # the test can tell
+    monkeypatch.setattr(case.model, "generation_config", GenerationConfig(fsr_enabled=False, pad_token_id=PAD))
+    assert torch.equal(case.generate(max_new_tokens=4), unpruned)
+    assert torch.equal(case.generate(fsr_enabled=True), case.expected[0])
+    assert torch.equal(
+        case.generate(generation_config=GenerationConfig(fsr_enabled=True, max_new_tokens=NEW)), case.expected[0]
+    )
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"num_visual_tokens": 1}, {"num_visual_tokens": 5}, {"retention_ratio": 0.5}, {"retention_ratio": 0.01}],
@@ -1413,6 +1441,10 @@ def test_budget_of_a_call(case, settings):
     prompts = case.compress(**settings)
     expected = case.oracle.decode(prompts, 4)[0]
     assert torch.equal(case.generate(**settings, max_new_tokens=4), expected)
+    in_config = GenerationConfig(**settings, max_new_tokens=4)
+    assert torch.equal(case.generate(generation_config=in_config), expected)
+    other = GenerationConfig(num_visual_tokens=2, max_new_tokens=4)
+    assert torch.equal(case.generate(generation_config=other, **settings), expected)
     with torch.no_grad():
         out = case.model(**case.inputs, **settings)
     assert out.past_key_values.get_seq_length() == max(len(prompt.columns) for prompt in prompts)

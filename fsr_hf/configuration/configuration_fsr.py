@@ -8,7 +8,16 @@ from typing import Any, ClassVar
 from transformers import CLIPTextConfig, PreTrainedConfig, __version__
 
 
-__all__ = ["FSRConfig", "FSRConfigMixin", "check_fsr_value"]
+__all__ = ["FSRConfig", "FSRConfigMixin", "check_fsr_value", "register_generative_class"]
+
+
+def register_generative_class(model_type: str, class_name: str) -> None:
+    """Add a family to the table in which `transformers serve` and the any-to-any pipeline look up a `model_type`."""
+    try:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as class_names
+    except ImportError:  # not public: a release without the table must still load the folder
+        return
+    class_names[model_type] = class_name
 
 
 def _is_number(value: Any, kind: type = float) -> bool:

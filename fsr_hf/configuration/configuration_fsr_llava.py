@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from transformers import LlavaConfig, PreTrainedConfig
 
-from .configuration_fsr import FSRConfig, FSRConfigMixin
+from .configuration_fsr import FSRConfig, FSRConfigMixin, register_generative_class
 from .remote_code import RemoteCodeMixin
 
 
@@ -34,3 +34,6 @@ class FSRLlavaConfig(RemoteCodeMixin, FSRConfigMixin, LlavaConfig):
     fsr_defaults: ClassVar[dict] = {"num_visual_tokens": 128, "pool": "item", "positions": "original"}
 
     fsr_config: dict | PreTrainedConfig | None = None
+
+
+register_generative_class("fsr_llava", "FSRLlavaForConditionalGeneration")

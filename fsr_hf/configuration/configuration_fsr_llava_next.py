@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from transformers import LlavaNextConfig, PreTrainedConfig
 
-from .configuration_fsr import FSRConfig, FSRConfigMixin
+from .configuration_fsr import FSRConfig, FSRConfigMixin, register_generative_class
 from .remote_code import RemoteCodeMixin
 
 
@@ -26,3 +26,6 @@ class FSRLlavaNextConfig(RemoteCodeMixin, FSRConfigMixin, LlavaNextConfig):
     fsr_defaults: ClassVar[dict] = {"retention_ratio": 1 / 9, "pool": "view", "positions": "original"}
 
     fsr_config: dict | PreTrainedConfig | None = None
+
+
+register_generative_class("fsr_llava_next", "FSRLlavaNextForConditionalGeneration")

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from transformers import LlavaOnevisionConfig, PreTrainedConfig
 
-from .configuration_fsr import FSRConfig, FSRConfigMixin
+from .configuration_fsr import FSRConfig, FSRConfigMixin, register_generative_class
 from .remote_code import RemoteCodeMixin
 
 
@@ -54,3 +54,6 @@ class FSRLlavaVideoConfig(RemoteCodeMixin, FSRConfigMixin, LlavaOnevisionConfig)
                 "`fsr-hf export SOURCE OUTPUT_DIR`, and load that."
             )
         return super().from_dict(config_dict, **kwargs)
+
+
+register_generative_class("fsr_llava_video", "FSRLlavaVideoForConditionalGeneration")

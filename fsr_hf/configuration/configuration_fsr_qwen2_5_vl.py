@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from transformers import PreTrainedConfig, Qwen2_5_VLConfig
 
-from .configuration_fsr import FSRConfig, FSRConfigMixin
+from .configuration_fsr import FSRConfig, FSRConfigMixin, register_generative_class
 from .remote_code import RemoteCodeMixin
 
 
@@ -37,3 +37,6 @@ class FSRQwen2_5_VLConfig(RemoteCodeMixin, FSRConfigMixin, Qwen2_5_VLConfig):
     )
 
     fsr_config: dict | PreTrainedConfig | None = None
+
+
+register_generative_class("fsr_qwen2_5_vl", "FSRQwen2_5_VLForConditionalGeneration")

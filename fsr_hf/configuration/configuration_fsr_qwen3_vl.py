@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from transformers import PreTrainedConfig, Qwen3VLConfig
 
-from .configuration_fsr import FSRConfig, FSRConfigMixin
+from .configuration_fsr import FSRConfig, FSRConfigMixin, register_generative_class
 from .remote_code import RemoteCodeMixin
 
 
@@ -37,3 +37,6 @@ class FSRQwen3VLConfig(RemoteCodeMixin, FSRConfigMixin, Qwen3VLConfig):
     )
 
     fsr_config: dict | PreTrainedConfig | None = None
+
+
+register_generative_class("fsr_qwen3_vl", "FSRQwen3VLForConditionalGeneration")

@@ -42,11 +42,12 @@ class Family(NamedTuple):
 
     @property
     def auto_map(self) -> dict[str, str]:
-        """Which class of which flat file each Auto class loads; both model classes are the generative one."""
+        """Which class of which flat file each Auto class loads; all model classes are the generative one."""
         classes: dict[str, type | None] = {
             "AutoConfig": self.config,
             "AutoModel": self.model,
             "AutoModelForImageTextToText": self.model,
+            "AutoModelForMultimodalLM": self.model,  # `transformers serve`
             "AutoProcessor": self.processor,
         }
         return {

@@ -23,7 +23,7 @@ from .conversation import (
 from .guards import VERSION, Draft, PromptGuard, get_cache, guarded, is_filled, unpruned
 from .outer import OuterModelMixin
 from .prompt import CompressedPrompt, check_no_placeholders, compact_positions, infer_attention_mask
-from .signatures import FSR_ARGUMENTS, adopt_signature
+from .signatures import FSR_ARGUMENTS, adopt_signature, check_arguments
 
 
 __all__ = ["FSRGenerationMixin"]
@@ -32,6 +32,7 @@ _SELECTION_DOCS = """        output_visual_selection (`bool`, *optional*, defaul
             Whether the output has `visual_selections`: a [`VisualSelection`] for each image or video. Needs
             `return_dict_in_generate=True`.
 """
+_NO_PIXELS = "continuous batching takes ids alone, so images would be lost"
 _CALLBACKS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer")
 _ARGUMENTS_OF_GENERATE = (*_CALLBACKS, "generation_config", "synced_gpus", "assistant_model", "custom_generate")
 
@@ -66,8 +67,8 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
                 return super().generate(inputs, **arguments, **kwargs)
 
         call = {name: kwargs.pop(name, None) for name in FSR_ARGUMENTS}
-        names = ("num_visual_tokens", "retention_ratio", "fsr_enabled")
-        fsr = self.config.fsr_config.override(*(call[name] for name in names))
+        call |= _budget_of_call(call, generation_config, self.generation_config)
+        fsr = self.config.fsr_config.override(call["num_visual_tokens"], call["retention_ratio"], call["fsr_enabled"])
         options = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
         options.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         model_kwargs = options.update(**kwargs)
@@ -177,6 +178,13 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
             output["visual_selections"] = prompt.selections
         return output
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused, and `generate_batch()` with it."""
+        raise ValueError(
+            f"Not supported with FSR: {_NO_PIXELS}. Use `generate()` with a batch, or the stock class for prompts of "
+            "words alone."
+        )
+
     def _generate_unpruned(self, inputs, options, arguments, kwargs, visual, output_visual_selection, selections):
         """The stock method on a prompt within its budget, or of words alone, whose cache a conversation may use."""
         # A cache of the caller that is not empty holds what FSR did not write.
@@ -272,7 +280,7 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
             ),
             "cache_implementation": (
                 options.cache_implementation == "paged",
-                "continuous batching takes ids alone, so images would be lost",
+                _NO_PIXELS,
             ),
             "custom_generate": (
                 arguments.get("custom_generate") is not None
@@ -355,6 +363,23 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
                     f"`{name}` is not supported where a conversation goes on from a cache: {reason}. Leave it out, or "
                     "pass the whole conversation, pixels included, without a cache."
                 )
+
+
+def _budget_of_call(*sources: Any) -> dict[str, Any]:
+    """
+    What a call says of FSR: in its arguments, else in its generation config (where servers put what a request asks
+    for), else in that of the model. A budget that is named takes the place of both of a later source.
+    """
+    if isinstance(sources[1], GenerationConfig):  # which takes any name
+        check_arguments(vars(sources[1]))
+    found: dict[str, Any] = {}
+    for names in (("num_visual_tokens", "retention_ratio"), ("fsr_enabled",)):
+        for source in sources:
+            values = [source.get(name) if isinstance(source, dict) else getattr(source, name, None) for name in names]
+            if any(value is not None for value in values):
+                found |= zip(names, values)
+                break
+    return found
 
 
 def _reads_text_positions(model: Any) -> bool:

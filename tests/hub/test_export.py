@@ -246,6 +246,7 @@ def test_installed_package_saves_the_same_folder(checkpoints, tmp_path):
             "AutoConfig": "configuration_fsr_llava.FSRLlavaConfig",
             "AutoModel": "modeling_fsr_llava.FSRLlavaForConditionalGeneration",
             "AutoModelForImageTextToText": "modeling_fsr_llava.FSRLlavaForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_fsr_llava.FSRLlavaForConditionalGeneration",
             "AutoProcessor": "processing_fsr_llava.FSRLlavaProcessor",
         }
     for folder in (checkpoints.fsr, tmp_path / "whole"):
