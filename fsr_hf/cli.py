@@ -345,6 +345,87 @@ def bench(
         _fail(error)
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="FSR checkpoint: a folder or a Hub id.")],
+    data: Annotated[
+        Path,
+        typer.Option(help="Questions: a file of JSON lines, a parquet file, or a folder with a dataset."),
+    ],
+    budgets: Annotated[
+        str, typer.Option(help="Visual tokens to keep of each image or video (64), or shares (0.25), with commas.")
+    ] = "0.5,0.2,0.1",
+    metric: Annotated[str, typer.Option(help="Score of an answer: exact, contains or anls.")] = "exact",
+    keep: Annotated[float, typer.Option(help="Share of the unpruned score that a budget has to keep.")] = 0.98,
+    instruction: Annotated[
+        str | None, typer.Option(help="Follows each question, such as 'Answer in a single word.'  [default: nothing]")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Part of a dataset, such as validation.")] = None,
+    num_frames: Annotated[int, typer.Option(min=1, help="Frames to take of a video, evenly.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 1,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what is found.")] = Path("fsr-eval"),
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...  [default: a GPU if there is one]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16.  [default: the checkpoint's]")
+    ] = None,
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="eager, sdpa, flash_attention_2, ...  [default: the model's]")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run the code in MODEL. Only a family that this version of fsr-hf does not have needs it.",
+        ),
+    ] = False,
+) -> None:
+    """
+    Find the budget that is right for a model and for questions of your own.
+
+    A line of the data has question, answer (or answers, a list), and image, images (a list) or video, the names of
+    files relative to the data. All are asked unpruned and at every budget. The result: scores, 95 % intervals of what
+    pruning changes, tokens, times, a plot, and the smallest budget that keeps --keep of the unpruned score with 95 %
+    confidence. A run that was interrupted goes on when the command is given again. `accelerate launch -m fsr_hf eval`
+    shares the questions among several processes.
+
+    \b
+    Examples:
+      fsr-hf eval ./llava-1.5-7b-fsr --data questions.jsonl --budgets 192,128,64
+      fsr-hf eval ./qwen2.5-vl-7b-fsr --data documents.jsonl --budgets 0.5,0.25 --metric anls --keep 0.95
+      accelerate launch -m fsr_hf eval ./llava-1.5-7b-fsr --data questions.jsonl --budgets 192,128,64
+    """
+    from .bench import parse_budgets
+
+    try:
+        numbers = parse_budgets(budgets)
+    except ValueError as error:
+        _fail(error, code=2)
+    from .evaluation.evaluate import run_eval
+
+    try:
+        run_eval(
+            model,
+            data,
+            budgets=numbers,
+            metric=metric,
+            keep=keep,
+            instruction=instruction,
+            split=split,
+            num_frames=num_frames,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            output=output,
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code or None,
+            echo=typer.echo,
+        )
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        _fail(error)
+
+
 def _hub_errors() -> tuple[type[Exception], ...]:
     """What ends a command that talks to the Hub; a lost connection is an error of the client's HTTP library."""
     from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError

@@ -19,6 +19,7 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 # Slow, and the same on every transformers: marked `once`, which `make test-newest` and `make test-floor` leave out.
 ONCE = (
     "benchmarks",
+    "evaluation",
     "hub/test_cards.py",
     "hub/test_hostile_folders.py",
     "hub/test_publishing.py",
