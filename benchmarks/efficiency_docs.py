@@ -20,7 +20,7 @@ DOCS = ROOT / "docs"
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "llava_video")
 COMMANDS = {
-    "cuda": "python -m benchmarks.efficiency --device cuda && python -m benchmarks.growth --device cuda",
+    "cuda": "python -m benchmarks.gpu",
     "cpu": "python -m benchmarks.efficiency --device cpu && python -m benchmarks.growth --device cpu",
 }
 DEVICES = {"cuda": "GPU", "cpu": "CPU"}
@@ -102,6 +102,34 @@ def paper_block(results: Path) -> str:
     paper = load("paper", results)
     rows = [[name, *(f"{value:g}" for value in values)] for name, values in paper["rows"].items()]
     return markdown_table(["method", *paper["columns"]], rows) + f"\n\n*{paper['source']}.*"
+
+
+def checks_block(results: Path) -> str:
+    """Whether the kernels are right on the device, from `benchmarks/gpu.py`."""
+    checks = load("gpu-cuda", results)
+    if not checks:
+        return missing("cuda")
+    lines = []
+    if kernels := checks.get("kernels"):
+        lines.append(
+            f"- **Kernels**, {kernels['problems']:,} problems each, up to {kernels['max_tokens']:,} tokens: "
+            f"{len(kernels['failed'])} wrong. Scan misses the farthest token by at most {kernels['scan_excess']:.1e} "
+            f"of a cosine, attention received is off by at most {kernels['attention_error']:.1e} of its value."
+        )
+    if tests := checks.get("tests"):
+        lines.append(f"- **Tests that need a GPU**: {tests['summary']}.")
+    if attention := checks.get("attention"):
+        common = attention["kept_in_common"]
+        half = {name: share for name, share in common.items() if "float32" not in name}
+        lines.append(
+            f"- **Kept tokens under each attention**, against SDPA in float32: in float32 {min_share(common, half)} "
+            f"in common, in bfloat16 at least {min(half.values()):.1%} ({', '.join(half)})."
+        )
+    return "\n".join(lines) + "\n\n" + provenance(checks.values())
+
+
+def min_share(shares: dict[str, float], without: dict[str, float]) -> str:
+    return f"{min(share for name, share in shares.items() if name not in without):.1%}"
 
 
 def prefill_block(results: Path, device: str) -> str:
@@ -363,6 +391,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "targets": targets_block,
     "paper": paper_block,
     "flops": flops_block,
+    "checks-cuda": checks_block,
     **{
         f"{name}-{device}": partial(block, device=device)
         for name, block in (

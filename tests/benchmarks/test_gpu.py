@@ -1,0 +1,78 @@
+"""`benchmarks.gpu` without a GPU: its checks on the CPU, and the command in Triton's interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.efficiency_docs import checks_block
+from benchmarks.models import Prompt
+from fsr_hf.modeling.fsr import _scan_with_torch
+
+
+def test_scan_is_measured_against_the_equations():
+    """What torch chooses is right in float64; each damage to it is seen."""
+    seen = 0
+    for is_exact, arguments in gpu.scan_problems(40, 60, "cpu"):
+        if is_exact:
+            continue
+        anchors, nearest, similarity = _scan_with_torch(*arguments)
+        assert gpu.scan_excess(arguments, (anchors, nearest, similarity)) < gpu.TOLERANCE
+        count = int(arguments[4][0])
+        if count < 3 or arguments[0].shape[1] < 20:
+            continue
+        seen += 1
+        damaged = anchors.clone()
+        damaged[0, :count] = damaged[0, :count].flip(0)
+        assert gpu.scan_excess(arguments, (damaged, nearest, similarity)) > gpu.TOLERANCE
+        damaged[0, :count] = damaged[0, 0]
+        assert gpu.scan_excess(arguments, (damaged, nearest, similarity)) == float("inf")
+        other = anchors[:, :1].expand_as(nearest)
+        assert gpu.scan_excess(arguments, (anchors, other, similarity)) > gpu.TOLERANCE
+        assert gpu.scan_excess(arguments, (anchors, nearest, similarity + 0.01)) > gpu.TOLERANCE
+    assert seen >= 5
+
+
+def test_selections_under_attention(monkeypatch):
+    monkeypatch.setattr(gpu, "PROMPTS", {"llava": Prompt()})
+    found = gpu.compare_attention("cpu", "tiny")
+    assert not found["failed"]
+    assert found["kept_in_common"]["llava, eager, float32"] == 1.0
+    assert found["kept_in_common"]["llava, sdpa, bfloat16"] >= 0.9
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
+    return subprocess.run(
+        command, cwd=Path(gpu.__file__).parents[1], env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+def test_the_command_in_the_interpreter(tmp_path):
+    pytest.importorskip("triton")
+    arguments = ("--quick", "--problems", "3", "--output", str(tmp_path), "--parts", "kernels", "selection", "fixed")
+    done = run(*arguments, "--limit", "0", TRITON_INTERPRET="1")
+    assert done.stdout == "left for the next call: kernels, selection, fixed\n", done.stderr
+    done = run(*arguments, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads((tmp_path / "gpu-cpu.json").read_text())["kernels"]
+    assert kernels["problems"] == 3 and not kernels["failed"]
+    assert 0 < kernels["scan_excess"] < 1e-5 and 0 < kernels["attention_error"] < 1e-3
+    assert json.loads((tmp_path / "efficiency-cpu.json").read_text())["selection"]
+    assert json.loads((tmp_path / "growth-cpu.json").read_text())["fixed"]["points"]
+    done = run(*arguments, TRITON_INTERPRET="1")
+    assert done.stdout.count("done before") == 3
+    (tmp_path / "gpu-cpu.json").rename(tmp_path / "gpu-cuda.json")
+    assert "3 problems each, up to 60 tokens: 0 wrong" in checks_block(tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu():
+    done = run()
+    assert done.returncode == 2
+    assert "torch finds no GPU" in done.stderr
