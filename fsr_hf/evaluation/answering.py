@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
-from ..bench import synchronize
+from ..bench import Method, synchronize
 from ..processing.processing_fsr_llava_video import sample_frames
 from ..processing.video_files import read_video
 from .questions import Question
@@ -115,10 +115,10 @@ def answer(model: Any, processor: Any, inputs: Any, budget: Budget, max_new_toke
     length, items = inputs["input_ids"].shape[1], find_items(model, inputs)
     words = inputs["attention_mask"].sum(-1).tolist()
     expected = list(words)
-    fsr = model.config.fsr_config.override(**_override(budget))
+    method = Method(label(budget), budget)
     for item in items:
         words[item.row] -= item.length
-        kept = fsr.budget(item.num_candidates) if fsr.enabled else item.num_candidates
+        kept = method.kept(item.num_candidates)
         if kept < item.num_candidates:
             expected[item.row] -= item.length - kept
     clock = _Clock(model.device)
@@ -146,11 +146,6 @@ def answer(model: Any, processor: Any, inputs: Any, budget: Budget, max_new_toke
         "prefill": first - start,
         "decode": (rest[-1] - first) / len(rest) if rest else None,
     }
-
-
-def _override(budget: Budget) -> dict[str, Any]:
-    options = options_of(budget)
-    return {"enabled": options.pop("fsr_enabled"), **options}
 
 
 class Records:
