@@ -32,6 +32,7 @@ ONCE = (
     "modeling/test_prompt.py",
     "modeling/test_saliency.py",
     "test_bench.py",
+    "test_distributed.py",
     "test_examples.py",
     "test_explain.py",
     "test_full_size.py",

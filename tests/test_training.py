@@ -560,7 +560,10 @@ def test_evaluation_with_argmax_before_gathering(family, tmp_path):
 
 
 def test_distributed_data_parallel(family, tmp_path):
-    """With the vision tower frozen, as LLaVA is tuned, every parameter that may train gets a gradient."""
+    """
+    With the vision tower frozen, as LLaVA is tuned, every parameter that may train gets a gradient. Two processes are
+    in tests/test_distributed.py.
+    """
     model = family.build()
     for name, parameter in model.named_parameters():
         parameter.requires_grad = parameter.requires_grad and "vision_tower" not in name and "visual" not in name

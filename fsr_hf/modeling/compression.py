@@ -24,6 +24,7 @@ from .guards import (
     is_unpruned,
     warn_if_untested,
 )
+from .offload import is_sharded
 from .pools import VisualTokens, select_from_items
 from .prompt import (
     CompressedPrompt,
@@ -246,7 +247,8 @@ class FSRModelMixin(TextEncoderMixin):
         pruned_rows = torch.zeros(len(host_ids), dtype=torch.bool)
         for item, budget in zip(items, budgets):
             pruned_rows[item.row] |= budget < item.num_candidates
-        needs_query = bool(pruned_rows.any()) or output_visual_selection
+        # Gathering shards is a step of all processes, so those with nothing to prune take it, too.
+        needs_query = bool(pruned_rows.any()) or output_visual_selection or (bool(items) and is_sharded(self))
         if not needs_query and conversation is None and not self.has_own_layout(visual):
             return None
 

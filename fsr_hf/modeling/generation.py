@@ -21,6 +21,7 @@ from .conversation import (
     remember_positions,
 )
 from .guards import VERSION, Draft, PromptGuard, get_cache, guarded, is_filled, unpruned
+from .offload import is_sharded
 from .outer import OuterModelMixin
 from .prompt import CompressedPrompt, check_no_placeholders, compact_positions, infer_attention_mask
 from .signatures import FSR_ARGUMENTS, adopt_signature, check_arguments
@@ -133,7 +134,8 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
             by_row=True,
             **(visual or {}),
         )
-        if conversation is None and (prompt is None or not (has_own_layout or prompt.pruned_rows.any())):
+        is_pruned = prompt is not None and bool(has_own_layout or prompt.pruned_rows.any() or is_sharded(self.model))
+        if conversation is None and not is_pruned:
             selections = None if prompt is None else prompt.selections
             return self._generate_unpruned(
                 inputs, options, arguments, kwargs, visual, output_visual_selection, selections

@@ -16,7 +16,7 @@ from .anyres import check_views, list_sizes, split_views
 from .checkpoint_keys import register_stock_keys
 from .compression import FSRModelMixin
 from .generation import FSRGenerationMixin
-from .offload import offloaded_params_loaded
+from .offload import offloaded_params_loaded, sharded_params_gathered
 from .pools import VisualTokens
 from .prompt import VisualItem
 from .saliency import attention_received, resolve_feature_layer
@@ -176,11 +176,12 @@ class FSRLlavaVideoModel(FSRModelMixin, LlavaOnevisionModel):
         """Attention that each patch of a view receives in the block whose output is `layer`: `(views, area)`."""
         block = self.vision_tower.encoder.layers[layer - 1]
         attention = block.self_attn
-        hidden_states = block.layer_norm1(hidden_states)
-        query, key = (
-            project(hidden_states).flatten(0, 1).unflatten(-1, (attention.num_heads, -1))
-            for project in (attention.q_proj, attention.k_proj)
-        )
+        with sharded_params_gathered(block, attention):
+            hidden_states = block.layer_norm1(hidden_states)
+            query, key = (
+                project(hidden_states).flatten(0, 1).unflatten(-1, (attention.num_heads, attention.head_dim))
+                for project in (attention.q_proj, attention.k_proj)
+            )
         views, area, _ = hidden_states.shape
         return attention_received(query, key, [area] * views, attention.scale).view(views, area)
 

@@ -9,6 +9,7 @@ from transformers.vision_utils import get_vision_position_ids
 
 from .compression import FSRModelMixin
 from .guards import cache_length, get_cache
+from .offload import sharded_params_gathered
 from .pools import VisualTokens
 from .prompt import VisualItem
 from .saliency import attention_received
@@ -156,13 +157,15 @@ class QwenVLMixin(FSRModelMixin):
             `torch.FloatTensor` of shape `(tokens,)`, float32, in the order of the merger's output.
         """
         tower: Any = self.visual
-        attention, unit = tower.blocks[-1].attn, tower.spatial_merge_size**2
+        block, unit = tower.blocks[-1], tower.spatial_merge_size**2
+        attention = block.attn
         order = self.block_order(grid)
         cos, sin = tower.rotary_pos_emb(hidden_states, get_vision_position_ids(grid, tower.spatial_merge_size))
         if order is not None:
             cos, sin = (part.unflatten(0, (-1, unit))[order.to(part.device)].flatten(0, 1) for part in (cos, sin))
-        query, key = attention.qkv(tower.blocks[-1].norm1(hidden_states)).chunk(3, dim=-1)[:2]
-        query, key = (states.unflatten(-1, (attention.num_heads, -1)) for states in (query, key))
+        with sharded_params_gathered(block, attention):
+            query, key = attention.qkv(block.norm1(hidden_states)).chunk(3, dim=-1)[:2]
+        query, key = (states.unflatten(-1, (attention.num_heads, attention.head_dim)) for states in (query, key))
         query, key = apply_rotary_pos_emb_vision(query, key, cos.to(query.device), sin.to(query.device))
         slices = [h * w for t, h, w in grid.tolist() for _ in range(t)]  # an image, or a temporal slice of a video
         received = attention_received(query, key, slices, attention.scaling).unflatten(0, (-1, unit)).mean(-1)

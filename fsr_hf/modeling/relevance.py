@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
+from .offload import sharded_params_gathered
 from .precision import without_autocast
 
 
@@ -55,8 +56,9 @@ class CLIPRelevance(nn.Module):
         chunks = input_ids.unflatten(1, (-1, self.chunk_length))  # [B, chunks, 77]
         is_real = attention_mask.unflatten(1, (-1, self.chunk_length)).any(-1, keepdim=True)  # [B, chunks, 1]
         # No mask: attention is causal, and the pooled token, the first EOS, sees no padding.
-        pooled = self.text_model(input_ids=chunks.flatten(0, 1)).pooler_output
-        embeds = normalize(self.text_projection(pooled).float(), dim=-1).unflatten(0, chunks.shape[:2])
+        with sharded_params_gathered(self):
+            pooled = self.text_projection(self.text_model(input_ids=chunks.flatten(0, 1)).pooler_output)
+        embeds = normalize(pooled.float(), dim=-1).unflatten(0, chunks.shape[:2])
         return embeds.where(is_real, 0).sum(1) / is_real.sum(1).clamp(min=1)
 
     @torch.no_grad()

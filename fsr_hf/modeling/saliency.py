@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from .offload import sharded_params_gathered
 from .precision import without_autocast
 from .received_kernel import can_receive_on_gpu, received_on_gpu
 
@@ -31,9 +32,11 @@ def cls_attention(block: CLIPEncoderLayer, hidden_states: torch.Tensor) -> torch
         left out and nothing renormalised.
     """
     attention = block.self_attn
-    hidden_states = block.layer_norm1(hidden_states)
-    query = attention.q_proj(hidden_states[:, :1]).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-    key = attention.k_proj(hidden_states).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+    heads = (attention.num_heads, attention.head_dim)
+    with sharded_params_gathered(block, attention):
+        hidden_states = block.layer_norm1(hidden_states)
+        query = attention.q_proj(hidden_states[:, :1]).unflatten(-1, heads).transpose(1, 2)
+        key = attention.k_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
     with without_autocast(query.device):
         weights = (query.float() * attention.scale @ key.float().transpose(-1, -2)).softmax(-1)  # [B, heads, 1, 1 + N]
     return weights.mean(1)[:, 0, 1:]
