@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
+import fsr_hf  # noqa: F401  the Auto classes find the model and its processor
+
 
 __all__ = ["TOKENS", "Reference", "drawn_picture", "drawn_video", "needs_vllm", "run_engine"]
 
@@ -64,6 +66,8 @@ class Reference:
     @torch.no_grad()
     def answer(self, prompt: str, processor_kwargs: dict[str, Any], **generate_kwargs: Any) -> Answer:
         inputs = self.processor(text=[prompt], return_tensors="pt", **processor_kwargs)
+        length = inputs["input_ids"].shape[1]
+        is_pruned = bool(processor_kwargs) and generate_kwargs.get("fsr_enabled", True)
         output = self.model.generate(
             **inputs,
             do_sample=False,
@@ -71,13 +75,16 @@ class Reference:
             min_new_tokens=TOKENS,
             return_dict_in_generate=True,
             output_logits=True,
-            output_visual_selection=True,
+            output_visual_selection=is_pruned,
             **generate_kwargs,
         )
-        tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        tokens = output.sequences[0, length:].tolist()
         logprobs = [float(step[0].log_softmax(-1)[token]) for step, token in zip(output.logits, tokens)]
-        selections = output.visual_selections
-        kept = [selection.indices.tolist() for selection in selections]
-        num_placeholders = sum(len(selection.priority) for selection in selections)
-        length = inputs["input_ids"].shape[1] - num_placeholders + sum(map(len, kept))
+        if is_pruned:
+            kept = [selection.indices.tolist() for selection in output.visual_selections]
+            length -= sum(len(selection.priority) - len(selection.indices) for selection in output.visual_selections)
+        else:  # of one image or video at most
+            placeholders = torch.tensor(list(self.model.model.placeholder_ids.values()))
+            count = int(torch.isin(inputs["input_ids"], placeholders).sum())
+            kept = [list(range(count))] if count else []
         return Answer(tokens, logprobs, kept, length)

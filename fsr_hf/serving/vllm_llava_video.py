@@ -51,8 +51,16 @@ def _take_items(inner: Any, numbers: dict[str, list[int]], visual: dict[str, Any
 
 class FSRLlavaVideoProcessingInfo(FSRInfoMixin, LlavaOnevisionProcessingInfo):
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        # With several images in a prompt, LLaVA-Video gives none of them tiles.
         return {"image": 1, "video": None}
+
+    def validate_num_items(self, modality: str, num_items: int) -> None:
+        if modality == "image" and num_items > 1:
+            raise ValueError(
+                f"{num_items} images in a prompt of LLaVA-Video are not supported by FSR in vLLM, one is: with "
+                "several, none of them has tiles, and vLLM encodes each by itself. Send them as a video, or use "
+                "`generate()` of the transformers model."
+            )
+        super().validate_num_items(modality, num_items)
 
     def _get_num_frame_tokens(self, *, image_width: int, image_height: int) -> int:
         config = self.get_hf_config()

@@ -22,9 +22,16 @@ __all__ = ["FSRQwen3VLForConditionalGeneration"]
 
 class FSRQwen3VLProcessingInfo(FSRInfoMixin, Qwen3VLProcessingInfo):
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        # In a video the kept tokens of a frame follow its timestamp, and how many a frame keeps is known only when the
-        # tower has run.
-        return {"image": None}
+        return {"image": None, "video": 0}
+
+    def validate_num_items(self, modality: str, num_items: int) -> None:
+        if modality == "video" and num_items:
+            raise ValueError(
+                "Videos of Qwen3-VL are not supported by FSR in vLLM: kept tokens of a frame follow its timestamp, "
+                "and how many a frame keeps is known only when the vision tower has run. Send frames as images, use "
+                "`generate()` of the transformers model, or serve the stock checkpoint unpruned."
+            )
+        super().validate_num_items(modality, num_items)
 
 
 class FSRQwen3VLMultiModalProcessor(FSRMultiModalProcessorMixin, Qwen3VLMultiModalProcessor):

@@ -103,7 +103,8 @@ def test_caches_by_picture_question_and_budget(results):
     for name in ("question 2", "budget", "picture B"):
         assert hits[name] == [0] and len(kept[name]) == 1, name
     assert kept["question 2"][0] != kept["picture A, question 1"][0]
-    assert hits["more words, the same query"][0] >= 64 and kept["more words, the same query"] == []
+    assert hits["more words, the same query"][0] >= 64
+    assert kept["more words, the same query"] in ([], kept["picture A, question 1"])
     assert results["still serves"]["tokens"] == results["picture A, question 1"]["tokens"]
 
 

@@ -108,6 +108,27 @@ def expected_answer(reference: Reference, case: dict[str, Any], is_qwen: bool):
     return reference.answer(case["prompt"], kwargs, **case["settings"])
 
 
+def refused_request(model_type: str) -> dict[str, Any]:
+    """What a family does not take in vLLM."""
+    picture, video = drawn_picture(1, 100, 100), drawn_video(3, 2, 100, 100)
+    if model_type == "fsr_qwen3_vl":
+        video_and_facts = (video, {**FACTS, "do_sample_frames": False})
+        return {"prompt": QWEN.format(QWEN_VIDEO, "what"), "multi_modal_data": {"video": [video_and_facts]}}
+    if model_type == "fsr_llava_video":
+        return {"prompt": "<image><image>", "multi_modal_data": {"image": [picture, picture]}}
+    visual = QWEN_IMAGE if model_type == "fsr_qwen2_5_vl" else "<image>"
+    settings = {"mm_processor_kwargs": {"retention_ratio": 3}}
+    return {"prompt": visual, "multi_modal_data": {"image": [picture]}, **settings}
+
+
+REFUSALS = {
+    "fsr_llava_next": "retention_ratio=3",
+    "fsr_qwen2_5_vl": "retention_ratio=3",
+    "fsr_qwen3_vl": "Videos of Qwen3-VL are not supported",
+    "fsr_llava_video": "2 images in a prompt of LLaVA-Video",
+}
+
+
 @pytest.fixture(scope="module", params=CASES)
 def answers(request, tmp_path_factory):
     folder = export_small_model(request.param, tmp_path_factory.mktemp(request.param))
@@ -121,24 +142,25 @@ def answers(request, tmp_path_factory):
     results = run_engine(
         folder.parent,
         folder,
-        [requests, requests, [requests[0]]],
+        [requests, requests, [requests[0]], [refused_request(request.param)]],
         max_num_batched_tokens=160,
         max_num_seqs=8,
         limit_mm_per_prompt=limits,
     )
     reference = Reference(folder)
-    return cases, results, [expected_answer(reference, case, is_qwen) for case in cases]
+    expected = [expected_answer(reference, case, is_qwen) for case in cases]
+    return cases, results, expected, REFUSALS[request.param]
 
 
 def test_the_language_model_sees_the_kept_tokens(answers):
-    _, (first, *_), expected = answers
+    _, (first, *_), expected, _ = answers
     assert first["lengths"] == [answer.length for answer in expected]
     kept = sorted(run for answer in expected for run in answer.kept)
     assert sorted(first["kept"]) == kept
 
 
 def test_answers_are_those_of_transformers(answers):
-    _, (first, *_), expected = answers
+    _, (first, *_), expected, _ = answers
     assert first["tokens"] == [answer.tokens for answer in expected]
     for found, answer in zip(first["logprobs"], expected):
         assert found == pytest.approx(answer.logprobs, abs=2e-4)
@@ -147,14 +169,19 @@ def test_answers_are_those_of_transformers(answers):
 
 def test_an_image_goes_through_the_tower_once(answers):
     """Whatever is asked about it, with whatever budget."""
-    cases, (first, again, single), _ = answers
+    cases, (first, again, single, _), _, _ = answers
     distinct = {id(item) for case in cases for item in (*case["images"], *case["videos"])}
     assert first["num_encoded"] == first["num_cached"] == len(distinct)
     assert again["num_encoded"] == single["num_encoded"] == 0
 
 
 def test_a_second_time_the_prefix_cache_answers(answers):
-    _, (first, again, single), _ = answers
+    _, (first, again, single, _), _, _ = answers
     assert again["tokens"] == first["tokens"] and single["tokens"] == first["tokens"][:1]
     # Blocks of 32 tokens, less the last token, which is always computed.
     assert single["prefix_hits"] == [(first["lengths"][0] - 1) // 32 * 32]
+
+
+def test_what_a_family_does_not_take_is_refused(answers):
+    _, (*_, refused), _, words = answers
+    assert words in refused["error"]
