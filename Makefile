@@ -10,16 +10,16 @@ NEWEST ?= transformers
 TESTED := requirements/tested.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# One thread a process: the tests run in two processes.
-export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
+# The tests run in two processes, of one thread each.
+test test-newest test-floor: export OMP_NUM_THREADS ?= 1
 PYTEST := -m pytest -n 2 --dist loadgroup
 
 .PHONY: help demo test test-newest test-floor test-vllm check format pin clean
 
 help:
-	@echo "make demo         ask a small trained LLaVA about drawn pictures, unpruned and pruned"
+	@echo "make demo         right answers with a ninth of the visual tokens, and what that saves"
 	@echo "make test         all tests, with the versions of $(TESTED)"
 	@echo "make test-newest  the common tests, newest release of everything"
 	@echo "make test-floor   the common tests, transformers $(FLOOR)"
@@ -60,7 +60,7 @@ format: .venv/.installed-dev
 # torchvision transformers warns about image processors that it does without.
 .venv/.installed: pyproject.toml $(TESTED)
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --constraint $(TESTED) --editable ".[video]"
+	.venv/bin/python -m pip install --constraint $(TESTED) --editable . torchvision
 	touch $@
 
 .venv/.installed-dev: .venv/.installed

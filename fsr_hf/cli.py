@@ -175,27 +175,86 @@ def demo(
         typer.Argument(help="FSR checkpoint: a folder or a Hub id.  [default: the small LLaVA of this package]"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...  [default: a GPU if there is one]")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="The most that an answer has.")] = 8,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=2, help="The most that an answer has.  [default: 8, with --web 128]")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often each question is asked; times are medians.")] = 3,
+    web: Annotated[bool, typer.Option("--web", help="Open a chat about pictures in the browser.")] = False,
+    host: Annotated[str, typer.Option(help="With --web: address to listen on; 0.0.0.0 is all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="With --web: port to listen on.")] = 7860,
+    browser: Annotated[bool, typer.Option(help="With --web: open the page.")] = True,
 ) -> None:
     """
-    Ask about drawn pictures, unpruned and pruned, and compare tokens, memory, times and answers.
+    Ask about drawn pictures, unpruned and pruned, and compare answers, tokens, memory and times.
 
     The model is loaded by the Auto classes with trust_remote_code=True, in a process that cannot import this package:
     the code in MODEL is what runs. Without MODEL, a LLaVA of seven million parameters answers that was trained on
-    questions about such pictures; nothing is downloaded, and it takes seconds. `fsr-hf bench` is for speed.
+    questions about such pictures, and a larger one of random weights shows what is saved. Nothing is downloaded, and
+    it takes less than a minute. `fsr-hf bench` measures more.
+
+    With --web, a page opens on which to ask about your own pictures, with a slider for the budget: both answers side
+    by side, what the language model saw, and the kept tokens. It runs the package's code, none of MODEL's.
 
     \b
     Examples:
       fsr-hf demo
-      fsr-hf demo ./llava-1.5-7b-fsr --device cuda
+      fsr-hf demo --web
+      fsr-hf demo ./llava-1.5-7b-fsr --device cuda --web --port 8000
     """
-    from .demo.run import run_demo
+    if not web:
+        from .demo.run import run_demo
+
+        try:
+            run_demo(model, device=device, max_new_tokens=max_new_tokens or 8, repeats=repeats, echo=typer.echo)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            _fail(error)
+        return
+    try:
+        from .demo.web import build_app, check_port, launch
+    except ImportError as error:
+        _fail(f"--web needs gradio: pip install 'fsr-hf[web]' ({error})")
+    from .demo.shapes_vqa import shapes_vqa_folder
 
     try:
-        run_demo(model, device=device, max_new_tokens=max_new_tokens, repeats=repeats, echo=typer.echo)
+        check_port(host, port)
+        typer.echo("Loading the model ...")
+        chat = build_app(model or str(shapes_vqa_folder()), device, max_new_tokens or 128)
+        typer.echo(f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}  Ctrl+C ends it.")
+        launch(chat, server_name=host, server_port=port, inbrowser=browser, quiet=True)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         _fail(error)
+
+
+@app.command()
+def space(
+    output_dir: Annotated[Path, typer.Argument(help="Folder to make.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="FSR checkpoint: a folder, which becomes a part of the Space, or a Hub id, which the Space loads.  "
+            "[default: the small LLaVA of this package]"
+        ),
+    ] = None,
+) -> None:
+    """
+    Make the folder of a Hugging Face Space out of the chat that `fsr-hf demo --web` opens.
+
+    It holds the app, this package, and the model or its name, and pins the versions that are installed here. Upload it
+    as it is. A public repository of a large model is better named by its id than copied.
+
+    \b
+    Examples:
+      fsr-hf space ./fsr-space
+      fsr-hf space ./fsr-space --model org/llava-1.5-7b-fsr
+      hf upload org/fsr ./fsr-space --type space
+    """
+    from .hub.space import write_space
+
+    try:
+        write_space(output_dir, model)
+    except _hub_errors() as error:
+        _fail(error)
+    typer.echo(f"{output_dir} is ready: hf upload org/name {output_dir} --type space")
 
 
 @app.command()

@@ -1,4 +1,6 @@
-"""What `fsr-hf explain` does: ask about an image, and draw which of its visual tokens were kept."""
+"""
+What `fsr-hf explain` and the web demo do: ask about an image, and draw which of its visual tokens were kept.
+"""
 
 import os
 from dataclasses import dataclass, replace
@@ -17,7 +19,15 @@ from .processing.processing_fsr_llava_video import sample_frames
 from .processing.video_files import read_video
 
 
-__all__ = ["Explanation", "Picture", "check_fsr_model", "explain", "load_fsr_model", "load_visual"]
+__all__ = [
+    "Explanation",
+    "Picture",
+    "check_fsr_model",
+    "explain",
+    "explain_output",
+    "load_fsr_model",
+    "load_visual",
+]
 
 FOCUS, SCAN = (250, 130, 16), (40, 135, 240)  # outlines and tints
 TINT = 0.25  # share of the colour in the cell of a kept token
@@ -201,6 +211,23 @@ def explain(
         output_visual_selection=True,
         **options,
     )
+    return explain_output(model, processor, inputs, outputs, question)
+
+
+def explain_output(model: Any, processor: Any, inputs: Any, outputs: Any, question: str) -> Explanation:
+    """
+    What a call of `generate` answered about its first image or video, and the visual tokens behind the answer.
+
+    Args:
+        model, processor:
+            From [`load_fsr_model`] or the Auto classes.
+        inputs (`BatchFeature`):
+            What `processor` made of the prompt, of one row.
+        outputs (`GenerateOutput`):
+            Of `generate` with `return_dict_in_generate=True` and `output_visual_selection=True`.
+        question (`str`):
+            What was asked.
+    """
     new_tokens = outputs.sequences[0, inputs["input_ids"].shape[1] :]
     answer = processor.decode(new_tokens, skip_special_tokens=True).strip()
     views = [Image.fromarray(view) for view in _pixels_seen(inputs, processor)]

@@ -39,6 +39,7 @@ ONCE = (
     "test_full_size.py",
     "test_package.py",
     "test_shapes_vqa.py",
+    "test_web.py",
 )
 
 

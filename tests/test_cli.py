@@ -1,6 +1,7 @@
 """The commands `demo` and `explain`, the small LLaVAs that they are shown on, and their refusals."""
 
 import json
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -15,7 +16,7 @@ from fsr_hf.cli import app
 from fsr_hf.demo.run import PICTURES, run_demo
 from fsr_hf.demo.shapes_vqa import shapes_vqa_folder
 from fsr_hf.hub.families import FAMILIES
-from fsr_hf.testing.small_llava import TINY, save_small_llava
+from fsr_hf.testing.small_llava import TINY, SmallLlava, save_small_llava
 
 
 QUESTION = "Which colour is it?"
@@ -43,7 +44,7 @@ def invoke(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("command", [[], ["export"], ["demo"], ["explain"]])
+@pytest.mark.parametrize("command", [[], ["export"], ["demo"], ["explain"], ["space"]])
 def test_help_has_an_example_or_the_commands(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0
@@ -98,28 +99,41 @@ def test_the_small_tokenizer_knows_words_and_spells_the_rest(folders):
 # ---------------------------------------------------------------------- demo
 
 
-def test_demo_answers_rightly():
-    """The trained LLaVA, unpruned and with a ninth of the tokens; sizes are those of its config."""
+def test_demo(capfd):
+    """Right answers of the trained LLaVA with a ninth of the tokens, sizes of the larger one, and no warnings."""
     lines = []
-    result = run_demo(device="cpu", repeats=1, echo=lines.append)
+    answers, costs = run_demo(device="cpu", repeats=1, echo=lines.append)
+    assert capfd.readouterr().err == ""
     entries = json.loads((PICTURES / "questions.json").read_text())
-    assert [(q["image"], q["question"]) for q in result["questions"]] == [(e["image"], e["question"]) for e in entries]
-    assert result["model"] == "FSRLlavaForConditionalGeneration" and result["code"] == "modeling_fsr_llava"
-    config = AutoModel.from_pretrained(shapes_vqa_folder()).config
-    text, num_tokens = config.text_config, config.image_seq_length
-    for question, entry in zip(result["questions"], entries):
-        unpruned, pruned = question["unpruned"], question["pruned"]
-        assert unpruned["answer"] == pruned["answer"] == question["pipeline"] == question["right"] == entry["answer"]
-        assert (unpruned["num_visual_tokens"], pruned["num_visual_tokens"]) == (num_tokens, num_tokens // 9)
-        assert unpruned["length"] - pruned["length"] == num_tokens - num_tokens // 9
-        per_token = text.num_hidden_layers * 2 * text.hidden_size * 2  # keys and values in bfloat16
-        assert unpruned["cache_bytes"] == unpruned["length"] * per_token
-        assert pruned["cache_bytes"] == pruned["length"] * per_token
-        assert unpruned["num_focus"] == 0 and 1 <= pruned["num_focus"] <= num_tokens // 9
-        assert min(run[name] for run in (unpruned, pruned) for name in ("prefill", "per_token")) > 0
+    assert [(q["image"], q["question"]) for q in answers["questions"]] == [
+        (e["image"], e["question"]) for e in entries
+    ]
+    for question, entry in zip(answers["questions"], entries):
+        assert [run["answer"] for run in question["runs"].values()] == [entry["answer"]] * 2 == [question["right"]] * 2
+    small = AutoModel.from_pretrained(shapes_vqa_folder()).config
+    config, size = small.text_config, SmallLlava()
+    for model, kept, (layers, width, bytes_each) in (
+        (
+            answers,
+            [small.image_seq_length, small.image_seq_length // 9],
+            (config.num_hidden_layers, config.hidden_size, 2),
+        ),
+        (costs, [576, 192, 64], (size.num_layers, size.hidden_size, 4)),
+    ):
+        assert (model["model"], model["code"]) == ("FSRLlavaForConditionalGeneration", "modeling_fsr_llava")
+        for question in model["questions"]:
+            runs = list(question["runs"].values())
+            assert [run["visual_tokens"] for run in runs] == kept
+            assert len({run["length"] - run["visual_tokens"] for run in runs}) == 1  # the text
+            assert [run["cache_bytes"] for run in runs] == [
+                run["length"] * layers * 2 * width * bytes_each for run in runs
+            ]
+            assert min(run["prefill"] for run in runs) > 0
     text = "\n".join(lines)
     assert max(map(len, text.splitlines())) <= 100
     assert all(entry["question"] in text and entry["answer"] in text for entry in entries)
+    assert "5 of 5 right   5 of 5 right" in text and "random" in text
+    assert re.search(r"^FSR, 64 +64 +9\.0x ", text, flags=re.MULTILINE)
 
 
 def test_demo_of_a_folder(folders):

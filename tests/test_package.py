@@ -60,7 +60,7 @@ def test_basenames_are_unique():
 def test_import_needs_no_extra():
     script = """
 import json, sys
-for name in ("torchvision", "av", "peft", "matplotlib", "triton"):
+for name in ("torchvision", "av", "peft", "matplotlib", "triton", "gradio"):
     sys.modules[name] = None
 import fsr_hf
 from transformers import AutoConfig
@@ -138,7 +138,7 @@ def test_every_python_has_one_pin_of_each_requirement(project, tested):
     extras = project["optional-dependencies"]
     names = [
         *project["dependencies"],
-        *(line for extra in ("bench", "dev", "peft", "video") for line in extras[extra]),
+        *(line for extra in ("bench", "dev", "peft", "video", "web") for line in extras[extra]),
     ]
     required = [Requirement(name) for name in names if not name.startswith("fsr-hf")]
     pythons = [line.rpartition(" ")[2] for line in project["classifiers"] if re.search(r":: 3\.\d+$", line)]

@@ -18,7 +18,10 @@ from fsr_hf.testing.small_families import export_small_model
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
-    *(ROOT / f"docs/{name}.md" for name in ("families", "fine-tuning", "limits", "mechanism", "paper", "publishing")),
+    *(
+        ROOT / f"docs/{name}.md"
+        for name in ("demo", "families", "fine-tuning", "limits", "mechanism", "paper", "publishing")
+    ),
 ]
 MODELS = {"org/llava-1.5-7b-fsr": "fsr_llava", "org/llava-video-7b-fsr": "fsr_llava_video"}
 

@@ -1,8 +1,8 @@
 """
 A small Hub on loopback, for the real client: `HF_ENDPOINT=server.url`, `HF_HUB_DISABLE_XET=1`.
 
-It keeps model repositories in memory: commits, branches, tags, files in git and in LFS. Writing needs a token, reading
-does not. Requests are logged, and can be made to fail.
+It keeps repositories of models and Spaces in memory: commits, branches, tags, files in git and in LFS. Writing needs a
+token, reading does not. Requests are logged, and can be made to fail.
 """
 
 import base64
@@ -188,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
             case "GET", ["api", "whoami-v2"]:
                 self._authorize()
                 self._send_json({"type": "user", "name": "org", "orgs": [], "auth": {}})
-            case "POST", [org, name, "info", "lfs", "objects", "batch"]:
+            case "POST", [*_, org, name, "info", "lfs", "objects", "batch"]:  # of a Space, after "spaces"
                 self._batch(self._repository(f"{org}/{name.removesuffix('.git')}", write=True))
             case "PUT", ["lfs", oid]:
                 if hashlib.sha256(self.body).hexdigest() != oid:
@@ -199,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send_content(self.hub.blobs[oid], oid, {})
             case "GET" | "HEAD", [org, name, "resolve", revision, *rest]:
                 self._resolve(f"{org}/{name}", revision, "/".join(rest))
-            case command, ["api", "models", org, name, *rest]:
+            case command, ["api", "models" | "spaces", org, name, *rest]:
                 self._api(command, f"{org}/{name}", rest)
             case _:
                 raise _Answer(404, "", f"no such route: {self.command} {path}")
