@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 test test-newest test-floor: export OMP_NUM_THREADS ?= 1
 PYTEST := -m pytest -n 2 --dist loadgroup
 
-.PHONY: help demo test test-newest test-floor test-vllm check format pin clean
+.PHONY: help demo test test-newest test-floor test-vllm test-lmms-eval check format pin clean
 
 help:
 	@echo "make demo         right answers with a ninth of the visual tokens, and what that saves"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-newest  the common tests, newest release of everything"
 	@echo "make test-floor   the common tests, transformers $(FLOOR)"
 	@echo "make test-vllm    serving with $(VLLM), in an environment of its own"
+	@echo "make test-lmms-eval  lmms-eval, its command line with the models of this package"
 	@echo "make check        formatting, lint, types, model cards"
 	@echo "make format       rewrite the code as 'make check' wants it"
 	@echo "make pin          write $(TESTED) anew from what the registry has today"
@@ -45,6 +46,9 @@ test-floor: .venv-floor/.installed
 
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest tests/serving $(PYTEST_ARGS)
+
+test-lmms-eval: .venv-lmms-eval/.installed
+	.venv-lmms-eval/bin/python -m pytest tests/evaluation/test_lmms_eval.py $(PYTEST_ARGS)
 
 check: .venv/.installed-dev
 	.venv/bin/ruff format --check
@@ -83,6 +87,13 @@ format: .venv/.installed-dev
 	.venv-vllm/bin/python requirements/torchvision_on_cpu.py
 	touch $@
 
+# lmms-eval asks for an older PyAV.
+.venv-lmms-eval/.installed: pyproject.toml $(TESTED)
+	test -x .venv-lmms-eval/bin/python || $(PYTHON) -m venv .venv-lmms-eval
+	grep -v "^av==" $(TESTED) > .venv-lmms-eval/constraints.txt
+	.venv-lmms-eval/bin/python -m pip install --constraint .venv-lmms-eval/constraints.txt --editable ".[lmms-eval]" pytest
+	touch $@
+
 pin:
 	$(PYTHON) -m venv build/pin
 	build/pin/bin/python -m pip install --quiet --upgrade uv
@@ -91,4 +102,4 @@ pin:
 		--output-file $(TESTED) pyproject.toml
 
 clean:
-	rm -rf .venv .venv-floor .venv-newest .venv-vllm .pytest_cache .ruff_cache .mypy_cache build dist
+	rm -rf .venv .venv-floor .venv-newest .venv-vllm .venv-lmms-eval .pytest_cache .ruff_cache .mypy_cache build dist

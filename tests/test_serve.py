@@ -10,7 +10,10 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,7 +29,7 @@ from fsr_hf.hub.families import FAMILIES
 openai = pytest.importorskip("openai", reason="transformers[serving] is not installed")
 pytest.importorskip("uvicorn", reason="transformers[serving] is not installed")
 
-SCRIPT = Path(__file__).with_name("serve_process.py")
+SCRIPT = Path(__file__).with_name("noted_process.py")
 PATCHES, DEFAULT = 144, 16  # of a picture of the small checkpoint, and its budget
 QUESTIONS = json.loads((PICTURES / "questions.json").read_text(encoding="utf-8"))
 
@@ -42,32 +45,39 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log = (home / "log").open("w+")
-        self.process = self.start(mode, options, self.log)
+        isolated = ["-I"] if mode == "hidden" else []
+        address = ["--host", "127.0.0.1", "--port", str(self.port), "--device", "cpu"]
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                *isolated,
+                SCRIPT,
+                mode,
+                self.tokens,
+                "transformers",
+                "serve",
+                folder,
+                *address,
+                *options,
+            ],
+            cwd=home,
+            env={**os.environ, "HF_HOME": str(home / "cache"), "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"},
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=self.log,
+        )
         url = f"http://127.0.0.1:{self.port}/v1"
         self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
         self.processor = AutoProcessor.from_pretrained(folder)
-
-    def start(self, mode, options, log):
-        isolated = ["-I"] if mode == "clean" else []
-        address = ["--host", "127.0.0.1", "--port", str(self.port), "--device", "cpu"]
-        return subprocess.Popen(
-            [sys.executable, *isolated, SCRIPT, mode, self.tokens, self.folder, *address, *options],
-            cwd=self.home,
-            env={**os.environ, "HF_HOME": str(self.home / "cache"), "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
 
     def wait(self) -> None:
         for _ in range(240):
             if self.process.poll() is not None:
                 break
-            try:
-                self.client.models.list()
+            with suppress(urllib.error.URLError):
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=10).close()
                 return
-            except openai.APIConnectionError:
-                time.sleep(0.5)
+            time.sleep(0.5)
         raise AssertionError(f"the server does not answer:\n{self.read_log()[-4000:]}")
 
     def read_log(self) -> str:
@@ -121,9 +131,9 @@ def server(request, tmp_path_factory):
     home = tmp_path_factory.mktemp(request.param)
     if request.param == "clean":
         folder = export(shapes_vqa_folder(), home / "shapes-vqa-fsr", progress=False, verify=False)
-        server = Server(folder, home, "--trust-remote-code", mode="clean")
+        server = Server(folder, home, "--trust-remote-code", mode="hidden")
     else:  # no code in the folder; a server that would batch continuously if the model could
-        server = Server(shapes_vqa_folder(), home, "--continuous-batching", mode="package")
+        server = Server(shapes_vqa_folder(), home, "--continuous-batching", mode="imported")
     try:
         server.wait()
         yield server

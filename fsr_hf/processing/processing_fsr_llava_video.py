@@ -125,8 +125,9 @@ class FSRLlavaVideoProcessor(RemoteCodeMixin, LlavaOnevisionProcessor):
         video_metadata = nested.pop("video_metadata", video_metadata)
         if nested:
             kwargs["videos_kwargs"] = nested
-        if isinstance(videos, (list, tuple)) and not videos:  # callers that give videos whether there are any or not
-            videos = None
+        # Callers that give both whether there are any or not.
+        images = None if isinstance(images, (list, tuple)) and not images else images
+        videos = None if isinstance(videos, (list, tuple)) and not videos else videos
         if videos is None:
             return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
 

@@ -200,8 +200,9 @@ class QueryProcessorMixin:
                 What to look for in the images: one string for all rows, or a list with one string for each row.
         """
         _check_names(kwargs)
-        if isinstance(videos, (list, tuple)) and not videos:  # as the stock processor, which reads no videos
-            videos = None
+        # Callers that give both whether there are any or not.
+        images = None if isinstance(images, (list, tuple)) and not images else images
+        videos = None if isinstance(videos, (list, tuple)) and not videos else videos
         if videos is not None and not hasattr(self, "video_processor"):
             raise ValueError(
                 f"`videos` are not supported: {type(self).__name__} takes images alone. Pass frames as images, or use "

@@ -551,8 +551,11 @@ def test_placeholders_of_videos_are_no_words():
     assert processor.queries_from_text(["USER: <video>\nwhat happens <image> here?"]) == ["what happens here?"]
 
 
-def test_no_videos_in_a_list_are_none(processor, image):
-    """As the stock processor has it; some callers give `videos` whether there are any or not."""
+def test_empty_lists_are_none(processor, image):
+    """Some callers give `images` and `videos` whether there are any or not."""
+    expected = processor(text="USER: what? ASSISTANT:", return_tensors="pt")
+    inputs = processor(images=[], text="USER: what? ASSISTANT:", videos=[], return_tensors="pt")
+    assert inputs.keys() == expected.keys()
     options = {"images": image, "text": "USER: <image>\nwhat? ASSISTANT:", "return_tensors": "pt"}
     expected = processor(**options)
     for videos in ([], ()):

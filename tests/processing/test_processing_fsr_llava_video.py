@@ -316,10 +316,10 @@ def test_videos_that_cannot_be(processor, options, message):
         processor(**{"text": "<video>", **options})
 
 
-def test_no_videos_in_a_list_are_none(processor):
+def test_empty_lists_are_none(processor):
     for options in ({"text": "a b"}, {"text": "<image>", "images": pictures(1)}):
         expected = processor(**options, return_tensors="pt")
-        inputs = processor(**options, videos=[], return_tensors="pt")
+        inputs = processor(**{"images": [], **options}, videos=[], return_tensors="pt")
         assert inputs.keys() == expected.keys()
         assert all(torch.equal(inputs[name], value) for name, value in expected.items())
 

@@ -1,23 +1,22 @@
 """
-`transformers serve` as it is, apart from a note of each prompt that the language model reads: run by `test_serve.py`.
+A command of another package as it is, apart from a note of each prompt that the language model (a Llama) reads.
 
-    python serve_process.py MODE TOKENS_FILE FOLDER [OPTION ...]
+    python noted_process.py MODE TOKENS_FILE COMMAND [ARGUMENT ...]
 
-MODE is `package`, where the installed package knows the family, or `clean`, where an import of it fails.
+MODE is what happens to this package first: `imported`, `hidden` (an import of it fails), or `installed` (nothing).
 """
 
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 
-mode, tokens_file, *arguments = sys.argv[1:]
-sys.argv = ["transformers", "serve", *arguments]
-if mode == "clean":
+mode, tokens_file, *sys.argv = sys.argv[1:]
+if mode == "hidden":
     sys.modules["fsr_hf"] = None
-else:
+elif mode == "imported":
     import fsr_hf  # noqa: F401
 
-from transformers.cli.transformers import main  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaModel  # noqa: E402
 
 
@@ -33,4 +32,5 @@ def noted_forward(self, *args, **kwargs):
 
 
 LlamaModel.forward = noted_forward
-main()
+(command,) = entry_points(group="console_scripts", name=sys.argv[0])
+sys.exit(command.load()())
