@@ -56,13 +56,14 @@ def results(tmp_path_factory, questions):
         "ten questions": [ask(picture, f"{SECOND} {number}") for number in range(10)],
         "no budget": [ask(picture, FIRST, num_visual_tokens=0)],
         "two budgets": [ask(picture, FIRST, num_visual_tokens=8, retention_ratio=0.5)],
+        "too many positions": [ask([picture] * 15, FIRST, num_visual_tokens=8)],
         "misspelt": [ask(picture, FIRST, num_visual_token=8)],
         "still serves": [ask(picture, FIRST, num_visual_tokens=64)],
     }
     folder = tmp_path_factory.mktemp("engine")
     found = run_engine(
         folder, FOLDER, list(batches.values()), max_model_len=LENGTH, max_num_batched_tokens=96, max_num_seqs=8,
-        limit_mm_per_prompt={"image": 2},
+        limit_mm_per_prompt={"image": 15},
     )  # fmt: skip
     return dict(zip(batches, found))
 
@@ -126,7 +127,12 @@ def test_ten_questions_about_a_picture_run_the_tower_once(results):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("no budget", "num_visual_tokens=0"), ("two budgets", "both set"), ("misspelt", "Did you mean")],
+    [
+        ("no budget", "num_visual_tokens=0"),
+        ("two budgets", "both set"),
+        ("misspelt", "Did you mean"),
+        ("too many positions", "positions, 2040 of them for visual tokens that are dropped"),  # 15 x (144 - 8)
+    ],
 )
 def test_a_bad_budget_is_refused_with_our_words(results, name, words):
     assert words in results[name]["error"]

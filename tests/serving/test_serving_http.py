@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from fsr_hf.testing.vllm_server import serve
 
 pytestmark = needs_vllm
 
-FOLDER = Path(__file__).parents[2] / "checkpoints/shapes-vqa"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "checkpoints/shapes-vqa"
 SERVER_BUDGET, QUESTION = 32, "What is above the green star?"
 
 
@@ -39,10 +41,14 @@ def reference():
     return Reference(FOLDER)
 
 
-def ask(client, picture, question=QUESTION, max_tokens=TOKENS, **settings):
+def data_url(picture):
     file = io.BytesIO()
     picture.save(file, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def ask(client, picture, question=QUESTION, max_tokens=TOKENS, **settings):
+    url = data_url(picture)
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
     body = {"mm_processor_kwargs": settings} if settings else {}
     return client.chat.completions.create(
@@ -87,6 +93,14 @@ def test_a_bad_budget_is_a_bad_request(client, settings, words):
     with pytest.raises(openai.BadRequestError, match=words) as error:
         ask(client, drawn_picture(1, 144, 144), **settings)
     assert error.value.status_code == 400
+
+
+def test_the_page_of_the_docs(server, capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(encoding="utf-8"), re.DOTALL)
+    block = block.replace("http://localhost:8000/v1", server.url).replace('model="llava"', 'model="fsr"')
+    exec(compile(block, "docs/serving.md", "exec"), {"url": data_url(drawn_picture(1, 144, 144))})
+    *_, prompt_tokens = capsys.readouterr().out.split()
+    assert 64 < int(prompt_tokens) < 64 + 40  # `num_visual_tokens`, and some words
 
 
 def test_many_at_a_time(client, reference):
