@@ -81,6 +81,9 @@ class FSRModelMixin(TextEncoderMixin):
     has_position_axes: ClassVar[bool] = False
     # The CLIP text side, in families that have one.
     text_encoder: Any
+    # Makes `query_input_ids` and `query_attention_mask` of a prompt that comes without (see the processor's
+    # `bind_query`).
+    query_reader: Callable | None = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -252,9 +255,11 @@ class FSRModelMixin(TextEncoderMixin):
         if not needs_query and conversation is None and not self.has_own_layout(visual):
             return None
 
-        question = (
-            self._check_query(query_input_ids, query_attention_mask, fsr, len(input_ids)) if needs_query else None
-        )
+        question = None
+        if needs_query:
+            if query_input_ids is None and self.query_reader is not None and self.text_encoder is not None:
+                query_input_ids, query_attention_mask = self.query_reader(host_ids, host_mask)
+            question = self._check_query(query_input_ids, query_attention_mask, fsr, len(input_ids))
         embeddings = None
         if question is not None and items:
             if not question[1].cpu()[[item.row for item in items]].any(-1).all():
@@ -394,6 +399,13 @@ class FSRModelMixin(TextEncoderMixin):
                 '`text_encoder=` for relevance to the question, or set `fsr_config.relevance = "none"`.'
             )
             return None
+        if input_ids is None and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "`query_input_ids` is missing in a training step, which would rank visual tokens by saliency alone, "
+                "and answers by the question. Pass all that the processor returns. For a trainer that drops it (TRL's "
+                "GRPOTrainer, RLOOTrainer), call `processor.bind_query(model)` once; to train by saliency alone, set "
+                '`model.config.fsr_config.relevance = "none"`.'
+            )
         if input_ids is None:
             logger.warning_once(
                 "FSR got no `query_input_ids`, so visual tokens are ranked by saliency alone. The processor of this "

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from transformers import BatchFeature, CLIPTokenizer
 
 
@@ -170,6 +171,9 @@ class QueryProcessorMixin:
     query_tokenizer: Any
     chat_template: str | dict[str, str] | None
     all_special_multimodal_tokens: list[str]
+    image_token: str
+    image_token_id: int
+    _is_query_bound = False
 
     @classmethod
     def _load_tokenizer_from_pretrained(
@@ -200,6 +204,8 @@ class QueryProcessorMixin:
                 What to look for in the images: one string for all rows, or a list with one string for each row.
         """
         _check_names(kwargs)
+        if query is not None and self._is_query_bound:
+            raise ValueError(f"`query` is {query!r}, but `bind_query` was called: the model reads it from the prompt.")
         # Callers that give both whether there are any or not.
         images = None if isinstance(images, (list, tuple)) and not images else images
         videos = None if isinstance(videos, (list, tuple)) and not videos else videos
@@ -215,6 +221,8 @@ class QueryProcessorMixin:
         elif (chat_queries := _chat_queries.get()) is not None:
             queries = chat_queries()
         inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)  # type: ignore[misc]
+        if self._is_query_bound:
+            return inputs
         if queries is None and rows is not None:
             queries = self.queries_from_text(rows)
         if queries is not None:
@@ -235,6 +243,8 @@ class QueryProcessorMixin:
                 with one string for each.
         """
         _check_names(kwargs)
+        if query is not None and self._is_query_bound:
+            raise ValueError(f"`query` is {query!r}, but `bind_query` was called: the model reads it from the prompt.")
         if query is not None and not kwargs.get("tokenize"):
             raise ValueError(
                 f"`query` is {query!r}, but without `tokenize=True` the result is a prompt, which holds no query: "
@@ -272,11 +282,76 @@ class QueryProcessorMixin:
 
     def queries_from_text(self, texts: list[str]) -> list[str]:
         """Words of the user's last turn of each text, without placeholders, special tokens, system prompt, answer."""
+        markers = self._turn_markers()
+        return [self._words(last_user_words(text, markers) if markers else text) for text in texts]
+
+    def bind_query(self, *models: Any) -> None:
+        """
+        Let models read the query from `input_ids` from now on, in place of this processor, which emits none any more.
+
+        For trainers that drop `query_input_ids` on the way from the processor to the model, such as TRL's
+        `GRPOTrainer`: so rollouts and training steps rank visual tokens by the same words. The query of a row is then
+        the user's turn with the last image of the row, which nothing behind it, such as an answer, can change.
+
+        Args:
+            models ([`PreTrainedModel`], wrapped by PEFT or not, or `None`):
+                For example `trainer.model, trainer.ref_model`. `None` is skipped.
+
+        Raises:
+            ValueError: if a model takes no query, or the chat template does not show where a user's turn ends.
+        """
+        if not getattr(self._turn_markers(), "end", ()):
+            raise ValueError(
+                "`bind_query` needs a `chat_template` that writes something behind a user's turn, such as "
+                f'"ASSISTANT:": only so it can tell question and answer apart. It is {self.chat_template!r}.'
+            )
+        for model in models:
+            readers = [] if model is None else [part for part in model.modules() if hasattr(part, "query_reader")]
+            if model is not None and not readers:
+                raise ValueError(
+                    f"`bind_query` takes models of FSR, and `{type(model).__name__}` is none: it takes no query."
+                )
+            for part in readers:
+                part.query_reader = self.read_queries
+        self._is_query_bound = True
+
+    def read_queries(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Make the query of each row from its ids: the words of the user's turn that has the row's last image.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`), attention_mask (same shape):
+                Prompts, with answers or without.
+
+        Returns:
+            `query_input_ids` and `query_attention_mask`, `(batch, chunks * query_chunk_length)`. A row without an
+            image has an empty query.
+
+        Raises:
+            ValueError: if the end of that turn is missing.
+        """
+        markers, queries = self._turn_markers() or TurnMarkers("", (), "", ""), []
+        for number, (ids, mask) in enumerate(zip(input_ids, attention_mask)):
+            ids = ids[mask.bool()]
+            is_first = torch.ones_like(ids, dtype=torch.bool)
+            is_first[1:] = (ids[1:] != self.image_token_id) | (ids[:-1] != self.image_token_id)
+            text = self.tokenizer.decode(ids[is_first].tolist(), clean_up_tokenization_spaces=False)
+            image = text.rfind(self.image_token)
+            ends = [at + len(end) for end in markers.end if (at := text.find(end, image)) >= 0] if image >= 0 else [0]
+            if not ends:
+                raise ValueError(
+                    f"Row {number} of `input_ids` does not show where the user's turn with the image ends: none of "
+                    f"{markers.end} follows in {text[image:]!r}. Render prompts with the processor's chat template."
+                )
+            queries.append(self._words(last_user_words(text[: min(ends)], markers)))
+        encoded = self.tokenize_queries(queries)
+        return torch.tensor(encoded["query_input_ids"]), torch.tensor(encoded["query_attention_mask"])
+
+    def _turn_markers(self) -> TurnMarkers | None:
         template = self.chat_template or self.tokenizer.chat_template
         if isinstance(template, dict):
             template = template.get("default")
-        markers = find_turn_markers(self.tokenizer, template) if template else None
-        return [self._words(last_user_words(text, markers) if markers else text) for text in texts]
+        return find_turn_markers(self.tokenizer, template) if template else None
 
     def tokenize_queries(self, queries: list[str]) -> dict[str, list[list[int]]]:
         """

@@ -571,3 +571,61 @@ def test_a_video_is_refused(processor):
     with pytest.raises(ValueError, match="takes images alone"):
         content = [{"type": "video", "video": video}, {"type": "text", "text": "what happens?"}]
         chat(processor, [{"role": "user", "content": content}])
+
+
+# --- the query that the model reads from ids ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_stands_behind_the_turn_with_the_image_does_not_change_its_query(name, image):
+    template, tokens = TEMPLATES[name]
+    extra = {"image_token": "<image>"} | {f"qwen_{n}_token": token for n, token in enumerate(QWEN_TOKENS)}
+    processor = build(template, extra_special_tokens=extra, **tokens)
+    processor.tokenizer.padding_side = "left"
+    system, first = turn("system", VICUNA), turn("user", image, "what is this?")
+    for before, question in [([], first), ([system], first), ([first, turn("assistant", "a dog")], first)]:
+        inputs = chat(processor, [*before, question], add_generation_prompt=True)
+        for answer in (
+            "",
+            "a cat </s>",
+            "a cat </s> USER: really? ASSISTANT: [INST] yes [/INST] <|im_start|>user\nno",
+        ):
+            answer_ids = processor.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            ids = torch.cat([torch.full((1, 3), 7), inputs["input_ids"], answer_ids.long()], dim=1)
+            mask = torch.ones_like(ids)
+            mask[:, :3] = 0
+            read = dict(zip(QUERY_KEYS, processor.read_queries(ids, mask)))
+            assert_queries(read, ["what is this?"], processor)
+
+
+def test_rows_without_an_image_have_no_query(processor, image):
+    rows = [[turn("user", image, "what is this?")], [turn("user", "who?")]]
+    inputs = chat(processor, rows, add_generation_prompt=True, processor_kwargs={"padding": True})
+    read = dict(zip(QUERY_KEYS, processor.read_queries(inputs["input_ids"], inputs["attention_mask"])))
+    assert_queries(read, ["what is this?", ""], processor)
+
+
+def test_a_bound_query_is_not_emitted_and_not_saved(image, tmp_path):
+    processor, model = build(), torch.nn.ModuleList([torch.nn.Linear(1, 1)])
+    model[0].query_reader = None
+    processor.bind_query(model, None)
+    question = [turn("user", image, "what is this?")]
+    assert not set(QUERY_KEYS) & set(chat(processor, question))
+    inputs = chat(processor, question, add_generation_prompt=True)
+    read = model[0].query_reader(inputs["input_ids"], inputs["attention_mask"])
+    assert_queries(dict(zip(QUERY_KEYS, read)), ["what is this?"], processor)
+    for call in (lambda: processor(text="a", query="b"), lambda: chat(processor, question, query="b")):
+        with pytest.raises(ValueError, match=r"`query` is 'b', but `bind_query` was called"):
+            call()
+    processor.save_pretrained(tmp_path)
+    assert_queries(chat(FSRLlavaProcessor.from_pretrained(tmp_path), question), ["what is this?"], processor)
+
+
+def test_what_cannot_be_bound_is_refused(processor):
+    with pytest.raises(ValueError, match="`bind_query` takes models of FSR, and `Linear` is none"):
+        processor.bind_query(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="`bind_query` needs a `chat_template`"):
+        build(chat_template=None).bind_query()
+    ids = processor.tokenizer("USER: <image> what is it?", return_tensors="pt")["input_ids"]
+    with pytest.raises(ValueError, match=r"Row 0 of `input_ids` does not show where the user's turn"):
+        processor.read_queries(ids, torch.ones_like(ids))
