@@ -18,16 +18,20 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoModelForMultimodalLM, AutoProcessor
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from fsr_hf import export
 from fsr_hf.demo.run import PICTURES
 from fsr_hf.demo.shapes_vqa import shapes_vqa_folder
 from fsr_hf.hub.families import FAMILIES
+from fsr_hf.testing.small_families import export_small_model
 
 
 openai = pytest.importorskip("openai", reason="transformers[serving] is not installed")
 pytest.importorskip("uvicorn", reason="transformers[serving] is not installed")
+
+from transformers.cli.serving.model_manager import ModelManager  # noqa: E402
+from transformers.cli.serving.utils import Modality  # noqa: E402
+
 
 SCRIPT = Path(__file__).with_name("noted_process.py")
 PATCHES, DEFAULT = 144, 16  # of a picture of the small checkpoint, and its budget
@@ -216,7 +220,15 @@ def test_a_bad_budget_is_refused(server):
     assert server.answer(chat(QUESTIONS[1])) == QUESTIONS[1]["answer"]  # it goes on
 
 
-def test_every_family_is_known():
-    for family in FAMILIES:
-        assert MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[family.config.model_type] == family.model.__name__
-        assert AutoModelForMultimodalLM._model_mapping[family.config] is family.model
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.config.model_type)
+def test_every_family_is_loaded(family, tmp_path):
+    """By the server's own loader, and taken for a model of pictures."""
+    manager = ModelManager(device="cpu")
+    try:
+        folder = export_small_model(family.config.model_type, tmp_path)
+        model, processor = manager.load_model_and_processor(manager.process_model_name(str(folder)))
+        assert type(model) is family.model
+        assert manager.get_model_modality(model, processor) is Modality.MULTIMODAL
+        assert type(AutoModelForMultimodalLM.from_pretrained(folder)) is family.model
+    finally:
+        manager.shutdown()

@@ -96,11 +96,11 @@ class _FSRMixin:
                 results = super().generate_until(requests)  # type: ignore[misc]
             except _GenerationError as error:
                 raise RuntimeError(f"The model failed: {error.__cause__}") from error.__cause__
-        prompts, read = (sum(column) for column in zip(*lengths)) if lengths else (0, 0)
-        if lengths:
-            averages = {"prompt_tokens": prompts / len(lengths), "prompt_tokens_read": read / len(lengths)}
-            log_metrics(0.0, 0, 0.0, averages)
-        if lengths and self.model.config.fsr_config.enabled and read >= prompts:
+        if not lengths:
+            return results
+        rows, prompts, read = (sum(column) for column in zip(*lengths))
+        log_metrics(0.0, 0, 0.0, {"prompt_tokens": prompts / rows, "prompt_tokens_read": read / rows})
+        if self.model.config.fsr_config.enabled and read >= prompts:
             logger.warning(
                 "FSR pruned nothing: no image or video of these questions has more tokens than the budget "
                 f"({_budget(self.model.config.fsr_config)})."
@@ -108,16 +108,16 @@ class _FSRMixin:
         return results
 
     @contextmanager
-    def _counted(self) -> Iterator[list[tuple[int, int]]]:
-        """Tokens of each prompt, without padding: of the caller's, and of the one that the language model reads."""
-        lengths: list[tuple[int, int]] = []
+    def _counted(self) -> Iterator[list[tuple[int, int, int]]]:
+        """Of each call: rows, and tokens, with padding, of the caller's prompts and of what is read of them."""
+        lengths: list[tuple[int, int, int]] = []
         read: list[int] = []
         model = self.model
         generate = model.generate
 
         def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             if not read:
-                read.append(kwargs["inputs_embeds"].shape[0] * kwargs["inputs_embeds"].shape[1])
+                read.append(kwargs["inputs_embeds"].shape[1])
 
         def counted_generate(**inputs: Any) -> Any:
             read.clear()
@@ -125,7 +125,8 @@ class _FSRMixin:
                 output = generate(**inputs)
             except Exception as error:
                 raise _GenerationError from error
-            lengths.append((inputs["input_ids"].numel(), read[0]))
+            rows, length = inputs["input_ids"].shape
+            lengths.append((rows, rows * length, rows * read[0]))
             return output
 
         handle = model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)

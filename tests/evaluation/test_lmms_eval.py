@@ -224,6 +224,17 @@ def test_words_alone(name, small):
     assert caller == read > 4
 
 
+def test_a_batch(small):
+    """Rows of two questions about one picture: the longer one is the width of both."""
+    wrapper = build("fsr_qwen2_5_vl", small("fsr_qwen2_5_vl"), batch_size=2, num_visual_tokens=5)
+    picture = Image.new("RGB", (200, 300), "red")
+    short, long = chat(picture, "what?"), chat(picture, "what is in the picture?")
+    alone = [run(wrapper, [messages]) for messages in (short, long)]
+    answers, lengths = run(wrapper, [short, long])
+    assert answers == [answer for (answer,), _ in alone]
+    assert lengths == max(length for _, length in alone)
+
+
 def test_budgets_of_model_args(small):
     config = build("fsr_llava", small("fsr_llava"), retention_ratio=0.5).model.config.fsr_config
     assert (config.num_visual_tokens, config.retention_ratio, config.enabled) == (None, 0.5, True)
