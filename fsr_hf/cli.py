@@ -1,7 +1,7 @@
 """The command line, `fsr-hf`."""
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -406,81 +406,121 @@ def bench(
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="FSR checkpoint: a folder or a Hub id.")],
     data: Annotated[
-        Path,
+        Path | None,
         typer.Option(help="Questions: a file of JSON lines, a parquet file, or a folder with a dataset."),
-    ],
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="In place of --data: tasks of lmms-eval, with commas.")] = None,
     budgets: Annotated[
         str, typer.Option(help="Visual tokens to keep of each image or video (64), or shares (0.25), with commas.")
     ] = "0.5,0.2,0.1",
-    metric: Annotated[str, typer.Option(help="Score of an answer: exact, contains or anls.")] = "exact",
-    keep: Annotated[float, typer.Option(help="Share of the unpruned score that a budget has to keep.")] = 0.98,
-    instruction: Annotated[
-        str | None, typer.Option(help="Follows each question, such as 'Answer in a single word.'  [default: nothing]")
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Part of a dataset, such as validation.")] = None,
-    num_frames: Annotated[int, typer.Option(min=1, help="Frames to take of a video, evenly.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 32,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 1,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what is found.")] = Path("fsr-eval"),
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...  [default: a GPU if there is one]")] = None,
+    metric: Annotated[str, typer.Option(help="--data: score of an answer: exact, contains or anls.")] = "exact",
+    keep: Annotated[float, typer.Option(help="--data: share of the unpruned score that a budget has to keep.")] = 0.98,
+    instruction: Annotated[
+        str | None,
+        typer.Option(help="--data: follows each question, such as 'Answer in a single word.'  [default: nothing]"),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="--data: part of a dataset, such as validation.")] = None,
+    num_frames: Annotated[int, typer.Option(min=1, help="--data: frames to take of a video, evenly.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="--data: length of an answer.")] = 32,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16.  [default: the checkpoint's]")
+        str | None, typer.Option(help="--data: float32, bfloat16 or float16.  [default: the checkpoint's]")
     ] = None,
     attn_implementation: Annotated[
-        str | None, typer.Option(help="eager, sdpa, flash_attention_2, ...  [default: the model's]")
+        str | None, typer.Option(help="--data: eager, sdpa, flash_attention_2, ...  [default: the model's]")
     ] = None,
     trust_remote_code: Annotated[
         bool,
         typer.Option(
             "--trust-remote-code",
-            help="Run the code in MODEL. Only a family that this version of fsr-hf does not have needs it.",
+            help="--data: run the code in MODEL. Only a family that this version of fsr-hf does not have needs it.",
         ),
     ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="--tasks: questions of each.  [default: all]")] = None,
+    model_args: Annotated[
+        str | None, typer.Option(help="--tasks: more arguments of lmms-eval's model, such as max_frames_num=32.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="--tasks: folder with tasks of your own.")] = None,
+    num_processes: Annotated[int, typer.Option(min=1, help="--tasks: processes, each on a GPU of its own.")] = 1,
 ) -> None:
     """
-    Find the budget that is right for a model and for questions of your own.
+    Find the budget that is right for a model and for questions of your own, or run benchmarks.
 
-    A line of the data has question, answer (or answers, a list), and image, images (a list) or video, the names of
-    files relative to the data. All are asked unpruned and at every budget. The result: scores, 95 % intervals of what
+    --data: a line has question, answer (or answers, a list), and image, images (a list) or video, the names of files
+    relative to the data. All are asked unpruned and at every budget. The result: scores, 95 % intervals of what
     pruning changes, tokens, times, a plot, and the smallest budget that keeps --keep of the unpruned score with 95 %
-    confidence. A run that was interrupted goes on when the command is given again. `accelerate launch -m fsr_hf eval`
-    shares the questions among several processes.
+    confidence. `accelerate launch -m fsr_hf eval` shares the questions among several processes.
+
+    --tasks: lmms-eval runs each task unpruned and at every budget; the paper's numbers stand beside the result where
+    it has the model, the task and the budget.
+
+    A run that was interrupted goes on when the command is given again.
 
     \b
     Examples:
       fsr-hf eval ./llava-1.5-7b-fsr --data questions.jsonl --budgets 192,128,64
       fsr-hf eval ./qwen2.5-vl-7b-fsr --data documents.jsonl --budgets 0.5,0.25 --metric anls --keep 0.95
       accelerate launch -m fsr_hf eval ./llava-1.5-7b-fsr --data questions.jsonl --budgets 192,128,64
+      fsr-hf eval ./llava-1.5-7b-fsr --tasks gqa,pope --budgets 192,128,64
     """
     from .bench import parse_budgets
 
+    if (data is None) == (tasks is None):
+        _fail("give either --data or --tasks", code=2)
+    of_data = ("metric", "keep", "instruction", "split", "num_frames", "max_new_tokens", "dtype")
+    of_data += ("attn_implementation", "trust_remote_code")
+    others = of_data if data is None else ("limit", "model_args", "include_path", "num_processes")
+    for name in others:
+        if context.get_parameter_source(name).name == "COMMANDLINE":  # type: ignore[union-attr]
+            _fail(
+                f"--{name.replace('_', '-')} goes with --{'data' if data is None else 'tasks'}: leave it out", code=2
+            )
     try:
         numbers = parse_budgets(budgets)
     except ValueError as error:
         _fail(error, code=2)
-    from .evaluation.evaluate import run_eval
-
+    shared: dict[str, Any] = {
+        "budgets": numbers,
+        "batch_size": batch_size,
+        "output": output,
+        "device": device,
+        "echo": typer.echo,
+    }
     try:
-        run_eval(
-            model,
-            data,
-            budgets=numbers,
-            metric=metric,
-            keep=keep,
-            instruction=instruction,
-            split=split,
-            num_frames=num_frames,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            output=output,
-            device=device,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code or None,
-            echo=typer.echo,
-        )
+        if data is not None:
+            from .evaluation.evaluate import run_eval
+
+            run_eval(
+                model,
+                data,
+                metric=metric,
+                keep=keep,
+                instruction=instruction,
+                split=split,
+                num_frames=num_frames,
+                max_new_tokens=max_new_tokens,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code or None,
+                **shared,
+            )
+        else:
+            from .evaluation.lmms_eval_tasks import run_tasks
+
+            run_tasks(
+                model,
+                [task.strip() for task in str(tasks).split(",")],
+                limit=limit,
+                model_args=model_args,
+                include_path=include_path,
+                num_processes=num_processes,
+                **shared,
+            )
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         _fail(error)
 

@@ -22,7 +22,7 @@ from .report import build_report, format_report, plot_report, questions_of
 from .scoring import METRICS
 
 
-__all__ = ["run_eval"]
+__all__ = ["begin_run", "check_budgets", "digest_model", "run_eval"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _SMALL = 1 << 20  # bytes; larger files are known by their size and time
@@ -106,11 +106,11 @@ def run_eval(
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
     _check_videos(processor, questions, type(config).__name__)
     batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
-    _check_budgets(config, processor, questions, budgets, num_frames, trust_remote_code)
+    check_budgets(config, processor, questions, budgets, num_frames, trust_remote_code)
 
     settings = {
         "model": model,
-        "model files": _digest_model(model, config),
+        "model files": digest_model(model, config),
         "questions": _digest_questions(questions),
         "instruction": instruction,
         "num_frames": num_frames,
@@ -133,7 +133,7 @@ def run_eval(
             raise ValueError(f"--output {folder}: another run is writing there. Choose another folder.") from error
     try:
         if state.is_main_process:
-            _begin(folder, settings)
+            begin_run(folder, settings)
             records.drop_interrupted()
         state.wait_for_everyone()
         methods: list[Budget] = [None, *budgets]
@@ -242,7 +242,7 @@ def _check_videos(processor: Any, questions: Sequence[Question], name: str) -> N
             raise ValueError(f"{question.place}: {question.video} is no video that can be read ({error}).") from error
 
 
-def _check_budgets(config, processor, questions, budgets, num_frames: int, trust_remote_code) -> None:
+def check_budgets(config, processor, questions, budgets, num_frames: int, trust_remote_code) -> None:
     """
     Raises:
         `ValueError`: for a budget that is larger than any image or video, so that it would never prune.
@@ -259,15 +259,15 @@ def _check_budgets(config, processor, questions, budgets, num_frames: int, trust
         if most >= max(numbers):
             return
     raise ValueError(
-        f"--budgets {max(numbers)} is above the number of visual tokens: no image or video of the questions has more "
-        f"than {most}. Choose budgets of {most} or less, or shares such as 0.25."
+        f"--budgets {max(numbers)} is above the number of visual tokens: no image or video has "
+        f"more than {most}. Choose budgets of {most} or less, or shares such as 0.25."
     )
 
 
 # ---------------------------------------------------------------------- what a run is
 
 
-def _begin(folder: Path, settings: dict[str, Any]) -> None:
+def begin_run(folder: Path, settings: dict[str, Any]) -> None:
     """
     Write down the settings of the run, or see that they are those of the run that goes on.
 
@@ -291,7 +291,7 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _digest_model(model: str, config: Any) -> str:
+def digest_model(model: str, config: Any) -> str:
     """Tells whether a checkpoint is still the same: its commit on the Hub, or its files."""
     if not os.path.isdir(model):
         return str(getattr(config, "_commit_hash", None))
