@@ -48,7 +48,7 @@ test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest tests/serving $(PYTEST_ARGS)
 
 test-lmms-eval: .venv-lmms-eval/.installed
-	.venv-lmms-eval/bin/python -m pytest tests/evaluation/test_lmms_eval.py $(PYTEST_ARGS)
+	.venv-lmms-eval/bin/python -m pytest tests/evaluation/test_lmms_eval.py tests/evaluation/test_lmms_eval_tasks.py $(PYTEST_ARGS)
 
 check: .venv/.installed-dev
 	.venv/bin/ruff format --check
