@@ -247,7 +247,7 @@ def encode(model, processor, examples: Sequence[Example]) -> Batch:
     text_encoder = model.model.text_encoder
     question = text_encoder.encode_query(inputs["query_input_ids"], inputs["query_attention_mask"])
     outputs, saliency, relevance = model.model.run_clip_tower(
-        inputs["pixel_values"].to(model.dtype), list(range(len(examples))), question, None, None
+        inputs["pixel_values"].to(model.dtype), list(range(len(examples))), question
     )
     tower = model.model.vision_tower
     num_layers = tower.config.num_hidden_layers

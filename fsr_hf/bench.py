@@ -29,7 +29,7 @@ from transformers.video_utils import VideoMetadata
 from .configuration.configuration_fsr import FSRConfig
 from .explain import check_fsr_model, load_visual
 from .machine import provenance
-from .modeling import clip_tower, fsr
+from .modeling import clip_tower, fsr, modeling_fsr_llava_video
 from .modeling.fsr import VisualSelection
 from .modeling.guards import get_cache
 from .processing.processing_fsr_llava_video import sample_frames
@@ -272,7 +272,9 @@ def _family(model) -> str:
 def _saliency_function(model) -> tuple[Any, str]:
     if _family(model) in ("llava", "llava_next"):
         return clip_tower, "cls_attention"
-    return model.model, "_saliency" if _family(model) == "llava_video" else "saliency"
+    return (
+        (modeling_fsr_llava_video, "patch_attention") if _family(model) == "llava_video" else (model.model, "saliency")
+    )
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from transformers.generation import candidate_generator
 from transformers.generation.logits_process import WatermarkLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from fsr_hf.modeling import clip_tower, compression
+from fsr_hf.modeling import clip_tower, compression, guards
 from fsr_hf.modeling.guards import VERSION, get_cache
 
 
@@ -1152,7 +1152,7 @@ def test_a_static_cache_without_room(case):
 
 def test_empty_static_cache_whose_length_only_the_device_knows(case, monkeypatch):
     """As on a GPU: transformers keeps the length of a static cache there."""
-    monkeypatch.setattr(compression, "cache_length", lambda cache: 0 if cache is None else None)
+    monkeypatch.setattr(guards, "cache_length", lambda cache: 0 if cache is None else None)
     cache = StaticCache(config=case.model.config.get_text_config(), max_cache_len=200)
     assert torch.equal(case.generate(past_key_values=cache), case.expected[0])
     cache.reset()

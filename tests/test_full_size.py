@@ -421,7 +421,7 @@ def test_shapes_of_a_compressed_prompt(published, name):
     assert list(outputs) == [item.modality]
 
     length = ids.shape[1] - len(placeholders) + budget
-    columns = select_columns(torch.ones_like(ids), items, kept.counts, torch.arange(budget), [0])
+    columns, _ = select_columns(torch.ones_like(ids), items, kept.counts, torch.arange(budget), [0])
     assert columns.shape == (1, length)
     embeds = model.get_input_embeddings()(ids.gather(1, columns).to("meta"))
     outputs = inner.language_model(inputs_embeds=embeds, use_cache=True)  # the mask would be looked at

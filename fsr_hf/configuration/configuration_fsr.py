@@ -58,11 +58,7 @@ _BUDGETS = ("num_visual_tokens", "retention_ratio")
 
 
 def check_fsr_value(name: str, value: Any) -> None:
-    """
-    Raises:
-        `ValueError`: if `value` is not allowed for the field `name` of [`FSRConfig`]; the message has field, value and
-        what is allowed.
-    """
+    """`ValueError` if `value` is not allowed for the field `name` of [`FSRConfig`], with what is."""
     is_allowed, allowed = _RULES[name]
     if not is_allowed(value):
         raise ValueError(f"`{name}={value!r}` is not allowed: `{name}` must be {allowed}.")
@@ -123,7 +119,9 @@ class FSRConfig(PreTrainedConfig):
         rho (`float`, *optional*, defaults to 0.9):
             Share of the priority mass that the Focus tokens must hold, in (0, 1] (Eq. 4).
         focus_limit (`float`, *optional*, defaults to 0.5):
-            Largest share of the budget that the Focus tokens fill, in (0, 1].
+            Largest share of the budget that the Focus tokens fill, in (0, 1]. The paper does not say what happens when
+            Eq. 4 asks for more tokens than that. With 1.0 flat scores let Focus fill the budget, and the selection is
+            the top tokens by priority; a half leaves Scan at least as many tokens as Focus takes.
         kappa (`float`, *optional*, defaults to 1.0):
             How many dropped tokens are merged, as a multiple of the number of Scan tokens (Refine).
         focus_mass (`str`, *optional*, defaults to `"all"`):
@@ -260,10 +258,8 @@ class FSRConfigMixin:
     names it as `None` takes it away.
     """
 
-    # Of the stock config.
     model_type: ClassVar[str]
     _attn_implementation: Any
-
     # The family's defaults for the fields of FSRConfig that are None.
     fsr_defaults: ClassVar[dict[str, Any]] = {}
     # Why patches of the family cannot be compared with the question; `None` where they can.

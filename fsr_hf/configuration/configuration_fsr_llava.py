@@ -18,15 +18,6 @@ class FSRLlavaConfig(RemoteCodeMixin, FSRConfigMixin, LlavaConfig):
     Args:
         fsr_config (`FSRConfig` or `dict`, *optional*):
             The hyper-parameters of the pruning. All other arguments are those of [`LlavaConfig`].
-
-    Example:
-
-    ```python
-    >>> from fsr_hf import FSRLlavaConfig, FSRLlavaForConditionalGeneration
-
-    >>> config = FSRLlavaConfig(fsr_config={"num_visual_tokens": 64})
-    >>> model = FSRLlavaForConditionalGeneration(config)
-    ```
     """
 
     model_type = "fsr_llava"

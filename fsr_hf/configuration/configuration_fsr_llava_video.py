@@ -35,8 +35,8 @@ class FSRLlavaVideoConfig(RemoteCodeMixin, FSRConfigMixin, LlavaOnevisionConfig)
     }
 
     spatial_pool_mode: Literal["bilinear", "average"] = "bilinear"
-    no_relevance_reason: ClassVar[str | None] = (
-        "no CLIP shares a space with the patches of a SigLIP tower, and SigLIP's own text side is not part of it."
+    no_relevance_reason = (
+        "no CLIP shares a space with the patches of a SigLIP tower, whose own text side is no part of it."
     )
 
     fsr_config: dict | PreTrainedConfig | None = None

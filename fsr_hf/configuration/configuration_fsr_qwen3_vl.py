@@ -32,9 +32,7 @@ class FSRQwen3VLConfig(RemoteCodeMixin, FSRConfigMixin, Qwen3VLConfig):
         "pool": "item",
         "positions": "original",
     }
-    no_relevance_reason: ClassVar[str | None] = (
-        "the vision tower of Qwen3-VL comes from no CLIP, so no text encoder shares a space with its patches."
-    )
+    no_relevance_reason = "the vision tower comes from no CLIP, so no text encoder shares a space with its patches."
 
     fsr_config: dict | PreTrainedConfig | None = None
 

@@ -1,5 +1,6 @@
 """The caller's side of `generate()`: callbacks see the whole prompt while the model runs on the compressed one."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,33 +25,18 @@ __all__ = ["FullPromptView"]
 
 # Same result on the compressed prompt, which has the same ids, each at least once, and the same end; so not wrapped.
 # Wrapping would also hide the class by which `generate` finds its default.
-_SAME_ON_BOTH = (
-    EosTokenCriteria,
-    MaxTimeCriteria,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-)
+_SAME_ON_BOTH = (EosTokenCriteria, MaxTimeCriteria, RepetitionPenaltyLogitsProcessor, SuppressTokensLogitsProcessor)
 
 
+@dataclass
 class FullPromptView:
-    """
-    The caller's prompt in place of the compressed one, for everything that looks at ids.
+    """The caller's prompt in place of the compressed one, for everything that looks at ids."""
 
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch, length)`):
-            The caller's prompt.
-        compressed_length (`int`):
-            How many leading ids it stands for.
-    """
-
-    def __init__(self, input_ids: torch.Tensor, compressed_length: int):
-        self.input_ids = input_ids
-        self.compressed_length = compressed_length
+    input_ids: torch.Tensor  # [batch, length]: the caller's prompt
+    compressed_length: int  # how many leading ids it stands for
 
     def restore(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """
-        `(batch * n, compressed_length + new)` to `(batch * n, length + new)`; n beams or sequences stand together.
-        """
+        """`(batch * n, compressed_length + new)` to `(batch * n, length + new)`: n beams or sequences a row."""
         prompt = self.input_ids.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.input_ids), dim=0)
         return torch.cat([prompt, input_ids[:, self.compressed_length :]], dim=1)
 
@@ -66,16 +52,16 @@ class FullPromptView:
         if (allowed_tokens := arguments.get("prefix_allowed_tokens_fn")) is not None:
             # Beams of a row share its number; other returned sequences do so from 5.24 on.
             is_numbered_apart = VERSION < (5, 24) and options.num_beams in (None, 1)
-            copies = options.num_return_sequences if is_numbered_apart else 1
-            arguments["prefix_allowed_tokens_fn"] = lambda row, ids: allowed_tokens(
-                row, self._restore_row(ids, row // (copies or 1))
-            )
+            copies = (options.num_return_sequences if is_numbered_apart else None) or 1
+
+            def allowed(row, ids):
+                prompt = self.input_ids[row // copies].to(ids.device)
+                return allowed_tokens(row, torch.cat([prompt, ids[self.compressed_length :]]))
+
+            arguments["prefix_allowed_tokens_fn"] = allowed
         if arguments.get("streamer") is not None:
             arguments["streamer"] = _CallerStreamer(self, arguments["streamer"])
         return arguments
-
-    def _restore_row(self, input_ids: torch.Tensor, row: int) -> torch.Tensor:
-        return torch.cat([self.input_ids[row].to(input_ids.device), input_ids[self.compressed_length :]])
 
     def _wrap_processor(self, processor: LogitsProcessor) -> LogitsProcessor:
         if type(processor) in _SAME_ON_BOTH and not getattr(processor, "prompt_ignore_length", None):
@@ -91,10 +77,10 @@ class FullPromptView:
         return _CallerStoppingCriteria(self, criterion)
 
 
+@dataclass
 class _CallerLogitsProcessor(LogitsProcessor):
-    def __init__(self, view: FullPromptView, processor: LogitsProcessor):
-        self.view = view
-        self.processor = processor
+    view: FullPromptView
+    processor: LogitsProcessor
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return self.processor(self.view.restore(input_ids), scores)
@@ -111,11 +97,11 @@ class _CallerStoppingCriteria(StoppingCriteria):
         return self.criterion(self.view.restore(input_ids), scores, **kwargs)
 
 
+@dataclass
 class _CallerStreamer(BaseStreamer):
-    def __init__(self, view: FullPromptView, streamer: BaseStreamer):
-        self.view = view
-        self.streamer = streamer
-        self.is_prompt = True
+    view: FullPromptView
+    streamer: BaseStreamer
+    is_prompt: bool = True
 
     def put(self, value: torch.Tensor) -> None:
         self.streamer.put(self.view.restore(value) if self.is_prompt else value)

@@ -1,6 +1,6 @@
 """From pixels to a compressed prompt: what the inner model of every family does before its language model runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,19 +12,17 @@ from transformers.utils.generic import can_return_tuple
 from .conversation import Conversation, continue_positions, remember_positions
 from .fsr import select_visual_tokens
 from .guards import (
+    UNPRUNED,
     VERSION,
     Draft,
-    PlacementCounter,
     active_guard,
-    cache_length,
-    check_outputs,
     count_placed,
     get_cache,
     is_filled,
-    is_unpruned,
+    run_checked,
     warn_if_untested,
 )
-from .offload import is_sharded
+from .offload import is_sharded, offloaded_params_loaded
 from .pools import VisualTokens, select_from_items
 from .prompt import (
     CompressedPrompt,
@@ -35,7 +33,7 @@ from .prompt import (
     place_items,
     select_columns,
 )
-from .relevance import TextEncoderMixin
+from .relevance import NO_TEXT_ENCODER, TextEncoderMixin
 from .signatures import FSR_ARGUMENTS, adopt_signature, check_arguments
 
 
@@ -52,23 +50,17 @@ REFUSED_WITH_PIXELS = (
 
 @dataclass
 class KeptVisualOutput(BaseModelOutputWithPooling):
-    """
-    The kept visual tokens of one modality, `pooler_output`, handed to the stock model as features that were computed
-    ahead. `last_hidden_state` is the tower's.
-    """
+    """The kept visual tokens of one modality, `pooler_output`; `last_hidden_state` is the tower's."""
 
-    # Told by name: config, model and assistant may come from two copies of this module.
+    # In place of `isinstance`: config, model and assistant may come from two copies of this module.
     is_fsr_kept: ClassVar[bool] = True
 
 
 class FSRModelMixin(TextEncoderMixin):
     """
     Prunes the visual tokens of a prompt before the language model sees it. It stands before a stock inner model, such
-    as [`LlavaModel`], and hands it fewer placeholders and fewer features; the stock class does all the rest.
-
-    A family says what its visual inputs are, how a prompt holds them, and where tokens and scores come from:
-    `visual_inputs`, [`~FSRModelMixin.build_items`], [`~FSRModelMixin.encode_items`],
-    [`~FSRModelMixin.take_items`] and, where it has its own positions, [`~FSRModelMixin.full_position_ids`].
+    as [`LlavaModel`], and hands it fewer placeholders and fewer features; the stock class does all the rest. What a
+    family says of itself comes first.
     """
 
     # Inputs that only the towers (and the search for placeholders) read, and those of them that hold pixels.
@@ -100,8 +92,6 @@ class FSRModelMixin(TextEncoderMixin):
         super().__init__(config)
         self.text_encoder = None
 
-    # ------------------------------------------------------------------ what a family says
-
     @property
     def placeholder_ids(self) -> dict[str, int]:
         """The id that pixels of each modality fill."""
@@ -123,70 +113,63 @@ class FSRModelMixin(TextEncoderMixin):
         self, items: list[VisualItem], query: torch.Tensor | None, **visual: Any
     ) -> tuple[VisualTokens, dict[str, Any]]:
         """
-        Run the towers.
-
-        Args:
-            items (`list[VisualItem]`):
-                In the order of the prompt; those of one modality in the order of its pixels.
-            query (`torch.FloatTensor` of shape `(batch, projection_dim)`, *optional*):
-                From [`CLIPRelevance`], one row for each row of the prompt.
-
-        Returns:
-            The tokens of the items in this order, and the stock output of each modality.
+        Run the towers. The items are in the order of the prompt, those of one modality in the order of its pixels;
+        `query`, of shape `(batch, projection_dim)`, is what [`CLIPRelevance`] makes of the questions, for families
+        that have it. Returns the tokens of the items in this order, and the stock output of each modality.
         """
+        outputs, encoded = {}, {}
+        for modality in dict.fromkeys(item.modality for item in items):
+            outputs[modality], runs, scores = self.encode(modality, **visual)
+            encoded[modality] = zip(runs, scores)
+        features, saliency = zip(*(next(encoded[item.modality]) for item in items))
+        return VisualTokens(list(features), torch.cat(saliency)), outputs
+
+    def encode(self, modality: str, **visual: Any) -> tuple[Any, Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        """The stock output of a modality, and features and saliency of each of its items, for `encode_items`."""
         raise NotImplementedError
 
     def take_items(self, numbers: dict[str, list[int]], **visual: Any) -> dict[str, Any]:
         """The visual inputs of some items alone: of each modality, the numbers in the order of its pixels."""
         raise NotImplementedError
 
+    def make_output(self, features: list[torch.Tensor], output: Any) -> KeptVisualOutput:
+        """The kept tokens of a modality (and their companions), after its stock output."""
+        return KeptVisualOutput(last_hidden_state=output.last_hidden_state, pooler_output=features)
+
     def has_own_layout(self, visual: dict[str, Any]) -> bool:
         """Whether the stock class lays these visual inputs out in another way, so that it must not see the pixels."""
         return False
 
     def full_position_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **visual: Any) -> torch.Tensor:
-        """
-        Positions of the whole prompt: `(batch, length)`, or `(axes, batch, length)` for a model that rotates by
-        several.
-        """
+        """Positions of the whole prompt: `(batch, length)`, or `(3, batch, length)` with `has_position_axes`."""
         return compact_positions(attention_mask)
-
-    # ------------------------------------------------------------------ compression
 
     def pop_visual(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """Take the visual inputs out of `kwargs`; `None` (and nothing taken but empty ones) if there are no pixels."""
         if kwargs.get("pixel_values_videos") is not None and "pixel_values_videos" not in self.visual_inputs:
             raise ValueError(
-                f"`pixel_values_videos` is not supported: {type(self).__name__} takes images alone. Pass frames as "
-                "images, or use a model for videos (FSRLlavaVideo, FSRQwen2_5_VL)."
+                f"`pixel_values_videos` is not supported: {type(self).__name__} takes images alone (frames, too)."
             )
-        empty = [name for name in self.pixel_inputs if kwargs.get(name) is not None and not len(kwargs[name])]
-        for name in empty:
-            del kwargs[name]
-        if all(kwargs.get(name) is None for name in self.pixel_inputs):
+        given = [name for name in self.pixel_inputs if kwargs.get(name) is not None]
+        empty = [name for name in given if not len(kwargs[name])]
+        if given == empty:
             for name in self.visual_inputs if empty else ():
                 kwargs.pop(name, None)
             return None
+        for name in empty:
+            del kwargs[name]
         visual = {name: kwargs.pop(name) for name in self.visual_inputs if name in kwargs}
-        # Only the host reads sizes, grids and numbers: one copy here in place of one for each use.
-        return {
-            name: value.cpu() if isinstance(value, torch.Tensor) and name not in self.pixel_inputs else value
-            for name, value in visual.items()
-        }
+        for name in visual.keys() - {*self.pixel_inputs}:  # only the host reads sizes, grids and numbers
+            visual[name] = visual[name].cpu() if isinstance(visual[name], torch.Tensor) else visual[name]
+        return visual
 
     def will_prune(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call of `forward()` with these arguments drops a token, from the shapes of the pixels alone."""
-        fsr = self._override(kwargs)
-        guard = active_guard()
-        visual = self.pop_visual(dict(kwargs))
-        if visual is None or not fsr.enabled or (is_unpruned(guard) and not self._is_nested(kwargs)):
+        fsr, visual = self.config.fsr_config.override(**kwargs), self.pop_visual(dict(kwargs))
+        if visual is None or not fsr.enabled or self._runs_unpruned(kwargs):
             return False
         items = self.build_items(**visual)
         return any(fsr.budget(item.num_candidates) < item.num_candidates for item in items)
-
-    def _override(self, kwargs: dict[str, Any]):
-        names = ("num_visual_tokens", "retention_ratio", "fsr_enabled")
-        return self.config.fsr_config.override(*(kwargs.get(name) for name in names))
 
     @torch.compiler.disable
     def compress(
@@ -205,13 +188,10 @@ class FSRModelMixin(TextEncoderMixin):
         **visual: Any,
     ) -> CompressedPrompt | None:
         """
-        Prune a prompt. All checks come first, on the host: one copy of ids and mask is the only wait for the device.
+        Prune a prompt `(batch, length)`. All checks come first, on the host: one copy of ids and mask is the only wait
+        for the device. Arguments that are not named here are those of `forward()`.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`), attention_mask (same shape, *optional*):
-                The prompt.
-            query_input_ids, query_attention_mask, num_visual_tokens, retention_ratio, fsr_enabled:
-                As in `forward()`.
             output_visual_selection (`bool`, *optional*, defaults to `False`):
                 Whether the result has a [`VisualSelection`] for each image or video.
             conversation ([`Conversation`], *optional*):
@@ -221,8 +201,6 @@ class FSRModelMixin(TextEncoderMixin):
             by_row (`bool`, *optional*, defaults to `False`):
                 Whether `mm_encoder_outputs` has one tensor for each row with a picture, not for each picture. Below
                 5.24, beams give a row with several pictures a wrong order of them.
-            visual:
-                The visual inputs of the model, such as `pixel_values`.
 
         Returns:
             [`CompressedPrompt`], with what the cache holds of a conversation before it; `None` if every image and
@@ -235,17 +213,16 @@ class FSRModelMixin(TextEncoderMixin):
         is_flash = "flash" in (self.config.get_text_config()._attn_implementation or "")
         with_slack |= is_flash and fsr.positions == "original" and not self.has_position_axes
         host_ids, host_mask = input_ids.cpu(), attention_mask.cpu()
-        starts, past_mask = [0] * len(host_ids), torch.ones(0)
+        starts, past_mask = [0] * len(host_ids), None
         if conversation is not None:
             starts, past_mask = conversation.match(host_ids, host_mask)
+        items, full_visual = list[VisualItem](), visual
         if visual:
             items = self.place_items(host_ids, self.build_items(**visual))
+            if conversation is not None:
+                items, visual = self._new_items(items, starts, visual)
         else:  # a conversation goes on in words: pixels of what is in the cache are not needed
-            items = []
             check_no_placeholders(host_ids, starts, self.placeholder_ids, self.pixel_inputs)
-        full_visual = visual
-        if conversation is not None and visual:
-            items, visual = self._new_items(items, starts, visual)
         budgets = [fsr.budget(item.num_candidates) if fsr.enabled else item.num_candidates for item in items]
         pruned_rows = torch.zeros(len(host_ids), dtype=torch.bool)
         for item, budget in zip(items, budgets):
@@ -255,49 +232,39 @@ class FSRModelMixin(TextEncoderMixin):
         if not needs_query and conversation is None and not self.has_own_layout(visual):
             return None
 
-        question = None
+        kept, outputs, embeddings, question = None, dict[str, Any](), None, None
         if needs_query:
             if query_input_ids is None and self.query_reader is not None and self.text_encoder is not None:
                 query_input_ids, query_attention_mask = self.query_reader(host_ids, host_mask)
             question = self._check_query(query_input_ids, query_attention_mask, fsr, len(input_ids))
-        embeddings = None
-        if question is not None and items:
+        if question and items:
             if not question[1].cpu()[[item.row for item in items]].any(-1).all():
                 logger.warning_once("A row has no question: FSR ranks its visual tokens by saliency alone.")
             embeddings = self.text_encoder.encode_query(*(tensor.to(input_ids.device) for tensor in question))
-
-        kept, outputs = None, dict[str, Any]()
         if items:
-            tokens, outputs = self.encode_items(items, embeddings, **visual)
+            with offloaded_params_loaded(self):
+                tokens, outputs = self.encode_items(items, embeddings, **visual)
             kept = select_from_items(tokens, items, budgets, fsr, self.selector, output_visual_selection)
-        columns = select_columns(
-            host_mask,
-            items,
-            kept.counts if kept else [],
-            kept.indices.to(input_ids.device) if kept else input_ids.new_empty(0),
-            starts,
-            with_slack,
-        )
+        counts = kept.counts if kept else []
+        indices = kept.indices.to(input_ids.device) if kept else input_ids.new_empty(0)
+        columns, is_padded = select_columns(host_mask, items, counts, indices, starts, with_slack)
         is_slack, source = columns < 0, columns.clamp(min=0)
         slack_ids = self._slack_ids(host_ids, host_mask).to(input_ids.device, non_blocking=True)
         ids = torch.where(is_slack, slack_ids, input_ids.gather(1, source))
         mask = attention_mask.gather(1, source).masked_fill(is_slack, 0)
-        positions = self._positions(
-            *(input_ids, attention_mask, full_visual, fsr, pruned_rows, columns, mask, conversation, past_mask)
-        )
-        counts = kept.counts if kept else []
-        is_padded = self._is_padded(host_mask, items, counts, starts, columns.shape[1])
-        if conversation is not None:
-            device = ids.device
+        past = None
+        if conversation is not None and past_mask is not None:
+            is_padded |= not past_mask.all()
+            pruned_rows |= conversation.pruned_rows
+            past_mask, past = past_mask.to(mask), conversation.position_ids.to(mask.device)
             # What no longer counts, such as padding behind an answer, is no word of the row.
-            past_ids = torch.where(past_mask.to(device) == 0, slack_ids, conversation.input_ids.to(device))
+            past_ids = torch.where(past_mask == 0, slack_ids, conversation.input_ids.to(mask.device))
             ids = torch.cat([past_ids, ids], dim=1)
-            mask = torch.cat([past_mask.to(mask), mask], dim=1)
-            positions = torch.cat([conversation.position_ids.to(device), positions], dim=-1)
-            pruned_rows, is_padded = pruned_rows | conversation.pruned_rows, is_padded or not past_mask.all()
+        full = self.full_position_ids(input_ids, attention_mask, **full_visual) if full_visual else None
+        positions = self._positions(full, fsr, pruned_rows, source, mask, past, past_mask)
         return CompressedPrompt(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=mask if past_mask is None else torch.cat([past_mask, mask], dim=1),
             position_ids=positions,
             mm_encoder_outputs=self._kept_outputs(items, kept, outputs, by_row) if kept else {},
             columns=columns,
@@ -329,43 +296,27 @@ class FSRModelMixin(TextEncoderMixin):
         pad = self.config.get_text_config().pad_token_id or 0
         return torch.where(is_text.any(-1, keepdim=True), input_ids.gather(1, first), pad)
 
-    def _is_padded(self, attention_mask, items, counts, starts, width: int) -> bool:
-        """Whether the compressed mask has a 0: slack, or a masked column between text."""
-        for row, (mask, start) in enumerate(zip(attention_mask, starts)):
-            mask = mask.bool().clone()
-            mask[:start] = False
-            number = 0
-            for item, count in zip(items, counts):
-                if item.row == row:
-                    mask[item.columns] = False
-                    number += count
-            if int(mask.sum()) + number < width:
-                return True
-        return False
-
-    def _positions(
-        self, input_ids, attention_mask, visual, fsr, pruned_rows, columns, mask, conversation, past_mask
-    ) -> torch.Tensor:
-        """Positions `(..., batch, compressed_length)`; with several axes, one more before them that counts tokens."""
+    def _positions(self, full, fsr, pruned_rows, source, mask, past, past_mask) -> torch.Tensor:
+        """
+        Positions `(..., batch, compressed_length)`, behind the `past` ones of a conversation; with several axes, one
+        more before them that counts tokens. `full` are those of the whole prompt; without, words alone count on.
+        """
         text = compact = compact_positions(mask)
-        if conversation is not None:
-            pruned_rows = pruned_rows | conversation.pruned_rows
+        if past is not None:
             # The largest position that counts: padding behind an answer has positions, too.
-            past = conversation.position_ids.to(mask.device).masked_fill(past_mask.to(mask.device) == 0, -1)
-            last = past.amax(-1, keepdim=True)
-            text = text + 1 + (last[0] if last.ndim == 3 else last)
-            compact = compact + 1 + (last[1:].amax(0) if last.ndim == 3 else last)
-            if not visual:  # words alone count on
-                return text if last.ndim == 2 else torch.cat([text[None], compact.expand(3, -1, -1)])
-        full = self.full_position_ids(input_ids, attention_mask, **visual)
-        original = full.gather(-1, columns.clamp(min=0).expand(*full.shape[:-1], -1))
-        # By row, so that a row has the same positions in any batch: one that lost nothing has the stock model's.
-        if fsr.positions == "original":
-            chosen = original
-        else:
-            chosen = torch.where(pruned_rows.to(mask.device)[:, None], compact, original)
-        # transformers reads a jump in the first axis as the start of a packed sequence, so it stays consecutive.
-        return chosen if full.ndim == 2 else torch.cat([text[None], chosen])
+            last = past.masked_fill(past_mask == 0, -1).amax(-1, keepdim=True)
+            last = last if last.ndim == 3 else last[None]
+            text, compact = text + 1 + last[0], compact + 1 + last[-3:].amax(0)
+        chosen = compact
+        if full is not None:
+            chosen = full.gather(-1, source.expand(*full.shape[:-1], -1))
+            if fsr.positions == "compact":
+                # By row, so that a row has the same positions in any batch: the stock model's if it lost nothing.
+                chosen = torch.where(pruned_rows.to(mask.device)[:, None], compact, chosen)
+        if self.has_position_axes:
+            # transformers reads a jump in the first axis as the start of a packed sequence, so it stays consecutive.
+            chosen = torch.cat([text[None], chosen.expand(3, -1, -1)])
+        return chosen if past is None else torch.cat([past, chosen], dim=-1)
 
     def _kept_outputs(self, items, kept, outputs, by_row: bool) -> dict[str, Any]:
         """The kept tokens of each modality, as the stock `forward()` takes them."""
@@ -376,28 +327,19 @@ class FSRModelMixin(TextEncoderMixin):
             for number, (part, item) in enumerate(zip(features, items)):
                 if item.modality == modality:
                     groups.setdefault(item.row if by_row else number, []).append(part)
-            own = [torch.cat(parts) for parts in groups.values()]
-            result[modality] = self.make_output(own, output)
+            result[modality] = self.make_output([torch.cat(parts) for parts in groups.values()], output)
         return result
-
-    def make_output(self, features: list[torch.Tensor], output: Any) -> KeptVisualOutput:
-        """The kept tokens of a modality (and their companions), after its stock output."""
-        return KeptVisualOutput(last_hidden_state=output.last_hidden_state, pooler_output=features)
 
     def _check_query(self, input_ids, attention_mask, fsr, batch_size: int):
         """The question as `encode_query` takes it, or `None` (saliency alone), with a warning where it is missing."""
-        if fsr.relevance == "none":
-            return None
-        if self.text_encoder is None:
-            if fsr.relevance == "clip":
-                raise ValueError(
-                    '`fsr_config.relevance="clip"` needs a CLIP text encoder, and this model has none: set it to '
-                    '"none". (A LLaVA-1.5 or LLaVA-NeXT is exported with one by `text_encoder=`.)'
-                )
+        if self.text_encoder is None and fsr.relevance == "clip":
+            raise ValueError(NO_TEXT_ENCODER)
+        if self.text_encoder is None and fsr.relevance is None:
             logger.warning_once(
                 "This model has no CLIP text encoder, so FSR ranks visual tokens by saliency alone. Export it with "
                 '`text_encoder=` for relevance to the question, or set `fsr_config.relevance = "none"`.'
             )
+        if self.text_encoder is None or fsr.relevance == "none":
             return None
         if input_ids is None and self.training and torch.is_grad_enabled():
             raise ValueError(
@@ -413,20 +355,17 @@ class FSRModelMixin(TextEncoderMixin):
             )
             return None
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        length = self.text_encoder.chunk_length
-        if input_ids.ndim != 2 or len(input_ids) != batch_size or input_ids.shape[1] % length or not input_ids.numel():
+        shape, length = tuple(input_ids.shape), self.text_encoder.chunk_length
+        if len(shape) != 2 or shape[0] != batch_size or shape[1] % length or not input_ids.numel():
             raise ValueError(
-                f"`query_input_ids` must have the shape (batch, chunks * {length}), here ({batch_size}, n * "
-                f"{length}), but its shape is {tuple(input_ids.shape)}. The model's processor makes it."
+                f"`query_input_ids` must have the shape (batch, chunks * {length}) and {batch_size} rows, but its "
+                f"shape is {shape}. The model's processor makes it."
             )
-        if attention_mask.shape != input_ids.shape:
+        if attention_mask.shape != shape:
             raise ValueError(
-                f"`query_attention_mask` must have the shape of `query_input_ids`, {tuple(input_ids.shape)}, but its "
-                f"shape is {tuple(attention_mask.shape)}."
+                f"`query_attention_mask` must have the shape of `query_input_ids`, {shape}, as the processor makes it."
             )
         return input_ids, attention_mask
-
-    # ------------------------------------------------------------------ forward
 
     def get_placeholder_mask(self, *args, **kwargs):
         """As the stock method, which `forward()` calls for the features that it puts into the prompt."""
@@ -436,39 +375,38 @@ class FSRModelMixin(TextEncoderMixin):
 
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, **kwargs):
-        guard = active_guard()
-        if is_unpruned(guard) and not self._is_nested(kwargs):
+        if self._runs_unpruned(kwargs):
             kwargs = {name: value for name, value in kwargs.items() if name not in FSR_ARGUMENTS}
             return self._forward_stock(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         check_arguments(kwargs)
-        fsr = self._override(kwargs)
+        fsr = self.config.fsr_config.override(**kwargs)
         call = {name: kwargs.pop(name, None) for name in FSR_ARGUMENTS}
         visual = self.pop_visual(kwargs) if fsr.enabled or self.has_own_layout(kwargs) else None
         if visual is None:
-            return self._forward_as_it_is(guard, fsr, input_ids, attention_mask, kwargs)
+            return self._forward_as_it_is(fsr, input_ids, attention_mask, kwargs)
 
         check_prompt(input_ids, attention_mask, kwargs)
         prompt = self.compress(input_ids, attention_mask, **call, **visual)
         if prompt is None:
             return self._forward_stock(input_ids=input_ids, attention_mask=attention_mask, **visual, **kwargs)
-        names = ("input_ids", "attention_mask", "position_ids", "mm_encoder_outputs")
-        outputs = self._forward_kept(**{**kwargs, **{name: getattr(prompt, name) for name in names}})
+        kwargs |= {"position_ids": prompt.position_ids, "mm_encoder_outputs": prompt.mm_encoder_outputs}
+        outputs = self._forward_kept(input_ids=prompt.input_ids, attention_mask=prompt.attention_mask, **kwargs)
         if (cache := get_cache(outputs)) is not None:
             remember_positions(cache, prompt.position_ids)
-        length = input_ids.shape[1]
-        outputs["last_hidden_state"] = carry_states(outputs.last_hidden_state, prompt.columns, length)
+        outputs["last_hidden_state"] = carry_states(outputs.last_hidden_state, prompt.columns, input_ids.shape[1])
         return outputs
 
-    def _is_nested(self, kwargs: dict[str, Any]) -> bool:
+    def _runs_unpruned(self, kwargs: dict[str, Any]) -> bool:
         """
-        Whether a callback of an unpruned `generate()` makes this call, which is its own affair: it has arguments of
-        FSR, or pixels, which `generate` itself encodes ahead from 5.23 on.
+        Whether this call is one of a `generate()` that prunes nothing. A call that a callback of it makes is not: it
+        has arguments of FSR, or pixels, which `generate` itself encodes ahead from 5.23 on.
         """
         names = (*FSR_ARGUMENTS, *(self.pixel_inputs if VERSION >= (5, 23) else ()))
-        return any(kwargs.get(name) is not None for name in names)
+        return active_guard() == UNPRUNED and all(kwargs.get(name) is None for name in names)
 
-    def _forward_as_it_is(self, guard, fsr, input_ids, attention_mask, kwargs):
+    def _forward_as_it_is(self, fsr, input_ids, attention_mask, kwargs):
         """A call without pixels: a step of `generate()` or of a caller's own loop, or text."""
+        guard, cache = active_guard(), get_cache(kwargs)
         if isinstance(guard, Draft) and not kwargs.get("mm_encoder_outputs"):
             kwargs["mm_encoder_outputs"] = guard.take(self.config.get_text_config().hidden_size)
         kept = kwargs.get("mm_encoder_outputs")
@@ -478,12 +416,10 @@ class FSRModelMixin(TextEncoderMixin):
                 "`mm_encoder_outputs` is not supported with FSR: images in it would run unpruned; pass `input_ids` "
                 "and pixels. `fsr_enabled=False` runs the stock model."
             )
-        cache = get_cache(kwargs)
-        if kwargs.get("position_ids") is None and cache is not None:
-            new = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
-            positions = None if new is None else continue_positions(attention_mask, new.shape[1], len(new), cache)
-            if positions is not None:
-                kwargs["position_ids"] = positions
+        new = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        if kwargs.get("position_ids") is None and cache is not None and new is not None:
+            positions = continue_positions(attention_mask, new.shape[1], len(new), cache)
+            kwargs |= {} if positions is None else {"position_ids": positions}
         if getattr(guard, "model", None) is self:
             num_beyond = input_ids.shape[1] - guard.length + (0 if cache is None else guard.columns_fed)
             if is_kept and num_beyond > 0:
@@ -498,22 +434,18 @@ class FSRModelMixin(TextEncoderMixin):
         The visual tokens of a prompt, and among them the embeddings of placeholders that stand in the last
         `num_beyond` columns: the model may write one, and prompt lookup may propose one. It is a word there.
         """
-        kept = dict(kept)
+        kept, length = dict(kept), input_ids.shape[1]
         for modality, output in kept.items():
             is_placeholder = input_ids == self.placeholder_ids[modality]
-            num_words = is_placeholder[:, -num_beyond:].sum(-1).tolist()  # waits for the device
-            if not any(num_words):
+            if not is_placeholder[:, -num_beyond:].any():  # waits for the device
                 continue
-            lengths = is_placeholder[:, :-num_beyond].sum(-1).tolist()
-            word = self.get_input_embeddings()(input_ids[is_placeholder][:1])
-
-            def add(features, value, lengths=lengths, num_words=num_words):
-                parts = torch.cat(list(features)).split(lengths)
-                return [torch.cat([part, value.to(part).expand(n, -1)]) for part, n in zip(parts, num_words)]
-
-            values = {**output, "pooler_output": add(output.pooler_output, word)}
+            in_prompt = torch.arange(length, device=input_ids.device) < length - num_beyond
+            in_prompt = in_prompt.expand_as(input_ids)[is_placeholder]
+            words = self.get_input_embeddings()(input_ids[is_placeholder])
+            values = {**output, "pooler_output": _fill_in(words, in_prompt, output.pooler_output)}
             if (depths := output.get("deepstack_features")) is not None:
-                values["deepstack_features"] = [add(depth, torch.zeros_like(word)) for depth in depths]
+                nothing = torch.zeros_like(words)
+                values["deepstack_features"] = [_fill_in(nothing, in_prompt, depth) for depth in depths]
             kept[modality] = type(output)(**values)
         return kept
 
@@ -524,29 +456,24 @@ class FSRModelMixin(TextEncoderMixin):
         """The stock `forward()` of a prompt that is compressed already."""
         if torch.compiler.is_compiling():
             return self._forward_stock(**inputs)
-        num_features = _count_features(inputs["mm_encoder_outputs"])
-        cached = cache_length(get_cache(inputs))
-        with PlacementCounter() as counter:
-            outputs = self._forward_stock(**inputs)
-        check_outputs(counter.placed, num_features, cached, inputs["input_ids"].shape[1], outputs)
-        return outputs
+        return run_checked(self._forward_stock, _count_features(inputs["mm_encoder_outputs"]), inputs)
+
+
+def _fill_in(words: torch.Tensor, in_prompt: torch.Tensor, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The features of a prompt at the places that are in it, `(placeholders,)`, and `words` at the others."""
+    return [words.to(features[0]).index_put((in_prompt,), torch.cat([*features]))]
 
 
 def _count_features(mm_encoder_outputs: dict[str, Any] | None) -> int:
     return sum(len(features) for output in (mm_encoder_outputs or {}).values() for features in output.pooler_output)
 
 
-def check_prompt(input_ids, attention_mask, kwargs: dict[str, Any], refused=REFUSED_WITH_PIXELS) -> None:
-    """
-    Reject what cannot stand beside pixels.
-
-    Raises:
-        ValueError: naming the argument, and what to do.
-    """
+def check_prompt(input_ids, attention_mask, kwargs: dict[str, Any], labels=None) -> None:
+    """Reject what cannot stand beside pixels: `ValueError`, with the argument and what to do."""
     if input_ids is None:
         raise ValueError(
-            "Pixels need `input_ids`: FSR finds the placeholders of images in them. (PEFT prompt tuning takes "
-            "them away: use an adapter on the weights, such as LoRA.)"
+            "Pixels need `input_ids`, in which FSR finds the placeholders of images. (PEFT prompt tuning takes them "
+            "away: use an adapter on the weights, such as LoRA.)"
         )
     if is_filled(get_cache(kwargs)):
         raise ValueError(
@@ -554,14 +481,15 @@ def check_prompt(input_ids, attention_mask, kwargs: dict[str, Any], refused=REFU
             "are: go on by `generate(**inputs_of_the_whole_conversation, past_key_values=cache)`, or leave it out. "
             "(PEFT prefix tuning fills the cache: use an adapter on the weights, such as LoRA.)"
         )
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, but its shape is "
-            f"{tuple(attention_mask.shape)}: FSR drops columns of both."
-        )
-    for name in refused:
+    for name, tensor in (("attention_mask", attention_mask), ("labels", labels)):
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise ValueError(
+                f"`{name}` must have the shape of `input_ids`, {tuple(input_ids.shape)}, but its shape is "
+                f"{tuple(tensor.shape)}: FSR drops columns of both."
+            )
+    for name in REFUSED_WITH_PIXELS:
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"`{name}` together with pixels is not supported: it refers to the whole prompt, and FSR "
-                "compresses it. Leave it out, or pass `fsr_enabled=False` to run unpruned."
+                f"`{name}` together with pixels is not supported: it refers to the whole prompt, which FSR "
+                "compresses. Leave it out, or pass `fsr_enabled=False` to run unpruned."
             )

@@ -1,9 +1,7 @@
-"""
-What a cache remembers of the compressed prompt in it, so that a conversation and a caller's own loop go on from it.
-"""
+"""What a cache remembers of the compressed prompt in it: conversations and a caller's own loop go on from there."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -13,8 +11,6 @@ __all__ = [
     "continue_positions",
     "forget",
     "get_conversation",
-    "has_conversation",
-    "is_pruned_cache",
     "remember",
     "remember_positions",
 ]
@@ -25,38 +21,18 @@ _CONVERSATION = "fsr_conversation"
 
 @dataclass
 class Conversation:
-    """
-    The sequences whose keys and values are in a cache.
+    """The sequences whose keys and values are in a cache."""
 
-    Args:
-        caller_ids (`torch.LongTensor` of shape `(batch, caller_length)`), caller_mask (same shape):
-            What the caller has seen: whole prompts and answers.
-        input_ids (`torch.LongTensor` of shape `(batch, cached)`), attention_mask (same shape):
-            What the cache holds of them.
-        position_ids (`torch.LongTensor` of shape `(..., batch, cached)`):
-            Its positions.
-        pruned_rows (`torch.BoolTensor` of shape `(batch,)`):
-            Rows that lost a token, on the CPU.
-        num_uncached (`int`):
-            How many of the last of `caller_ids` are not in the cache: the last new token never ran.
-        num_new (`int`):
-            How many of the last of `caller_ids` were generated.
-        end_ids (`list[int]`):
-            EOS and padding, which a row that ended early has behind its answer.
-        fingerprint (`torch.FloatTensor` of shape `(batch, size)`, *optional*):
-            The last keys of the cache.
-    """
-
-    caller_ids: torch.Tensor
-    caller_mask: torch.Tensor
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-    pruned_rows: torch.Tensor
-    num_uncached: int
-    num_new: int
-    end_ids: list[int]
-    fingerprint: torch.Tensor | None = None
+    caller_ids: torch.Tensor  # [batch, caller_length]: what the caller has seen, whole prompts and answers
+    caller_mask: torch.Tensor  # [batch, caller_length]
+    input_ids: torch.Tensor  # [batch, cached]: what the cache holds of them
+    attention_mask: torch.Tensor  # [batch, cached]
+    position_ids: torch.Tensor  # [..., batch, cached]
+    pruned_rows: torch.Tensor  # [batch], on the CPU: rows that lost a token
+    num_uncached: int  # how many of the last of `caller_ids` are not in the cache: the last new token never ran
+    num_new: int  # how many of the last of `caller_ids` were generated
+    end_ids: list[int]  # EOS and padding, which a row that ended early has behind its answer
+    fingerprint: torch.Tensor | None = None  # [batch, size]: the last keys of the cache
 
     @property
     def length(self) -> int:
@@ -65,18 +41,10 @@ class Conversation:
 
     def match(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[list[int], torch.Tensor]:
         """
-        Where the new part of the whole conversation begins.
-
-        Args:
-            input_ids, attention_mask (`torch.LongTensor` of shape `(batch, length)`):
-                The whole conversation, on the CPU.
-
-        Returns:
-            The first new column of each row, and the mask `(batch, cached)` of what still counts in the cache: a row
-            that ended before the others has EOS or padding there that is no part of the conversation.
-
-        Raises:
-            ValueError: if a row does not begin with what the cache holds of it, or has nothing new.
+        Where the new part of the whole conversation, two tensors `(batch, length)` on the CPU, begins: the first new
+        column of each row, and the mask `(batch, cached)` of what still counts in the cache. (A row that ended before
+        the others has EOS or padding there that is no part of the conversation.) `ValueError` if a row does not begin
+        with what the cache holds of it, or has nothing new.
         """
         if len(input_ids) != len(self.caller_ids):
             raise ValueError(
@@ -96,11 +64,11 @@ class Conversation:
                 required, answer = required - 1, answer - 1
             common = next((i for i, (a, b) in enumerate(zip(old, new)) if a != b), min(len(old), len(new)))
             if common < required:
+                found = new[common] if common < len(new) else "missing"
                 raise ValueError(
                     f"`input_ids` does not begin with what the cache holds: in row {row}, token {common} of the "
-                    f"conversation is {new[common] if common < len(new) else 'missing'}, but {old[common]} in the "
-                    "cache. Pass the whole conversation with the answers as `generate` returned them, or leave the "
-                    "cache out."
+                    f"conversation is {found}, but {old[common]} in the cache. Pass the whole conversation with the "
+                    "answers as `generate` returned them, or leave the cache out."
                 )
             if common == len(new):
                 raise ValueError(f"`input_ids` has nothing after what the cache holds in row {row}.")
@@ -138,24 +106,15 @@ def remember_positions(cache: Any, position_ids: torch.Tensor) -> None:
 
 
 def get_conversation(cache: Any) -> Conversation | None:
-    """
-    The conversation in a cache that is not empty; `None` if FSR did not write it.
-
-    Raises:
-        ValueError: if the cache is not as FSR left it.
-    """
+    """The conversation in a cache, `None` if FSR wrote none; `ValueError` if the cache is not as FSR left it."""
+    if not hasattr(cache, _NEXT_POSITION) or not (entries := _entries(cache)):
+        return None
     conversation = getattr(cache, _CONVERSATION, None)
     if conversation is None:
-        if getattr(cache, _NEXT_POSITION, None) is not None and _entries(cache):
-            _refuse("it was filled by `forward()` or by a call that returned several sequences for a prompt")
-        return None
-    entries = _entries(cache)
-    if not entries:
-        return None
+        _refuse("it was filled by `forward()` or by a call that returned several sequences for a prompt")
     if entries != conversation.length:
         _refuse(f"it has {entries} entries, but `generate` left {conversation.length}: it was cropped or added to")
-    found = _fingerprint(cache, entries)
-    expected = conversation.fingerprint
+    found, expected = _fingerprint(cache, entries), conversation.fingerprint
     if expected is not None and (
         found is None or found.shape != expected.shape or not torch.allclose(found, expected.to(found.device))
     ):
@@ -163,37 +122,21 @@ def get_conversation(cache: Any) -> Conversation | None:
     return conversation
 
 
-def has_conversation(cache: Any) -> bool:
-    """Whether a cache that is not empty holds what FSR remembers, pruned or not."""
-    return getattr(cache, _CONVERSATION, None) is not None and bool(_entries(cache))
-
-
-def is_pruned_cache(cache: Any) -> bool:
-    """Whether a cache that is not empty holds a prompt that FSR compressed."""
-    if getattr(cache, _NEXT_POSITION, None) is None or not _entries(cache):
-        return False
-    conversation = getattr(cache, _CONVERSATION, None)
-    return conversation is None or bool(conversation.pruned_rows.any())
-
-
 def _entries(cache: Any) -> int:
     return int(cache.get_seq_length())
 
 
-def _refuse(reason: str) -> None:
+def _refuse(reason: str) -> NoReturn:
     raise ValueError(
-        f"The conversation cannot go on from this cache: {reason}. Pass the whole conversation, pixels included, "
-        "without a cache."
+        f"The conversation cannot go on from this cache: {reason}. Pass the whole conversation without a cache."
     )
 
 
 def continue_positions(attention_mask: torch.Tensor | None, num_new: int, batch: int, cache: Any):
     """
     Positions `(..., batch, num_new)` of a step of a caller's own loop after a compressed prompt; `None` for a cache
-    without one. (The stock class would count entries, or go on from what another call left behind.)
-
-    Raises:
-        ValueError: if the mask is not as wide as the cache and the new tokens.
+    without one. (The stock class would count entries, or go on from what another call left behind.) `ValueError` if
+    the mask is not as wide as the cache and the new tokens.
     """
     offset = getattr(cache, _NEXT_POSITION, None)
     if offset is None:

@@ -23,11 +23,9 @@ __all__ = ["VisualSelection", "refine_like", "select_visual_tokens"]
 @dataclass
 class VisualSelection:
     """
-    The visual tokens that Focus, Scan and Refine keep.
-
-    [`select_visual_tokens`] returns one for a batch of pools, in the shapes below. The output of a model holds one for
-    each image or video: the same fields without the `batch` dimension, where `num_kept` has no padding and
-    `num_tokens` counts the item's placeholders in the prompt.
+    The visual tokens that Focus, Scan and Refine keep, of a batch of pools. The output of a model holds one for each
+    image or video: the same fields without the `batch` dimension and padding, where `num_tokens` counts the item's
+    placeholders in the prompt.
 
     Args:
         indices (`torch.LongTensor` of shape `(batch, num_kept)`):
@@ -40,12 +38,9 @@ class VisualSelection:
             Priority of every token in [0, 1] (Eq. 3), float32; 0 at masked columns.
         merged_into (`torch.LongTensor` of shape `(batch, num_tokens)`):
             For a token that Refine merged, the position of its anchor among the `num_tokens`; -1 for every other.
-        grid (`torch.LongTensor` of shape `(num_tokens, 3)`, *optional*):
-            View or frame, row and column of every token, where a model fills it in.
-        modality (`str`, *optional*):
-            `"image"` or `"video"`, where a model fills it in.
-        row (`int`, *optional*):
-            Row of the prompt batch that the item belongs to, where a model fills it in.
+        grid (`torch.LongTensor` of shape `(num_tokens, 3)`), modality (`str`), row (`int`), *optional*:
+            Filled in by a model: view or frame, row and column of every token; `"image"` or `"video"`; and the item's
+            row of the prompt batch.
     """
 
     indices: torch.Tensor
@@ -76,12 +71,11 @@ def select_visual_tokens(
     """
     Keep the visual tokens that Focus and Scan choose, after Refine has merged others into them (arXiv 2602.05809).
 
-    Each row of the batch is one pool of tokens, selected by itself. Ties go to the lower index everywhere. Scores and
-    cosines are float32 whatever the dtype of the inputs, under autocast too. Gradients flow to `features` through the
-    kept and the merged tokens; the selection and the weights of the merge are constants to autograd.
-
-    A score that is NaN or infinite counts as the smallest finite one of its pool. A token with NaN or infinite
-    features has cosine -1 to every other and neither absorbs nor is absorbed; a zero vector has cosine 0.
+    Each row of the batch is a pool of tokens, selected by itself. Ties go to the lower index. Scores and cosines are
+    float32, under autocast too. Gradients flow to `features` through the kept and the merged tokens; the selection and
+    the weights of the merge are constants to autograd. A score that is NaN or infinite counts as the smallest finite
+    one of its pool. A token with NaN or infinite features has cosine -1 to every other and neither absorbs nor is
+    absorbed; a zero vector has cosine 0.
 
     Args:
         features (`torch.FloatTensor` of shape `(batch, num_tokens, hidden_size)`):
@@ -96,24 +90,9 @@ def select_visual_tokens(
             A row with fewer real tokens keeps them all and merges nothing.
         mask (`torch.BoolTensor` of shape `(batch, num_tokens)`, *optional*):
             True for real tokens. The others are never kept or merged and do not count in any minimum, maximum or sum.
-        alpha (`float`, *optional*, defaults to 3.0):
-            Exponent of the relevance in the priority.
-        beta (`float`, *optional*, defaults to 1.0):
-            Exponent of the saliency in the priority.
-        rho (`float`, *optional*, defaults to 0.9):
-            Share of the priority mass that the Focus tokens hold, in (0, 1].
-        focus_limit (`float`, *optional*, defaults to 0.5):
-            Largest share of a row's budget that the Focus tokens fill, in (0, 1]: at most
-            `max(1, floor(focus_limit * budget))` of them, where `budget` is at most the number of real tokens. The
-            paper does not say what happens when Eq. 4 asks for more tokens than the budget; this limit is this
-            package's decision. With 1.0 flat scores let Focus fill the budget: Scan and Refine then do nothing, and
-            the selection is the top tokens by priority. A half leaves Scan at least as many tokens as Focus takes,
-            and changes nothing in the paper's Figure 1, where Focus takes 9 and 15 tokens of 32.
-        kappa (`float`, *optional*, defaults to 1.0):
-            Tokens merged for each Scan anchor, on average; 0 turns Refine off.
-        focus_mass (`str`, *optional*, defaults to `"all"`):
-            The mass that `rho` is a share of: `"all"` tokens (the paper), or the tokens of highest priority that fill
-            the `"budget"`.
+        alpha, beta, rho, focus_limit, kappa (`float`), focus_mass (`str`), *optional*:
+            As the fields of [`FSRConfig`], with its defaults and ranges. Focus takes at most
+            `max(1, floor(focus_limit * budget))` tokens, where `budget` is at most the number of a row's real tokens.
         max_num_visual_tokens (`int`, *optional*):
             Read with a tensor `num_visual_tokens` only: the width of the result and the most that a row keeps. Without
             it the width is `num_tokens`, since the values of a tensor are not read on the host.
@@ -127,7 +106,9 @@ def select_visual_tokens(
     """
     _check_tensors(features, saliency, relevance, mask)
     _check_budgets(features, num_visual_tokens, max_num_visual_tokens)
-    _check_settings(alpha=alpha, beta=beta, rho=rho, focus_limit=focus_limit, kappa=kappa, focus_mass=focus_mass)
+    settings = {"alpha": alpha, "beta": beta, "rho": rho, "focus_limit": focus_limit, "kappa": kappa}
+    for name, value in {**settings, "focus_mass": focus_mass}.items():
+        check_fsr_value(name, value)
     batch, num_tokens, _ = features.shape
     device = features.device
     if mask is None:
@@ -149,39 +130,21 @@ def select_visual_tokens(
             kept, source = kept[:, :width], source[:, :width]
             is_focus = (kept < num_tokens) & (source < width)
         refined, merged_into = _refine(features, priority, mask, kept, is_focus, nearest, similarity, kappa)
-    return VisualSelection(
-        indices=kept.masked_fill(kept == num_tokens, -1),
-        is_focus=is_focus,
-        features=refined,
-        priority=priority,
-        merged_into=merged_into,
-    )
+    return VisualSelection(kept.masked_fill(kept == num_tokens, -1), is_focus, refined, priority, merged_into)
 
 
 def refine_like(selection: VisualSelection, features: torch.Tensor, kappa: float) -> torch.Tensor:
     """
-    Refine (Eq. 9) other features of the same tokens with the anchors and the weights of a selection.
-
-    Args:
-        selection (`VisualSelection`):
-            What [`select_visual_tokens`] returned for a batch of pools.
-        features (`torch.FloatTensor` of shape `(batch, num_tokens, size)`):
-            The other features.
-        kappa (`float`):
-            As in the call that made the selection.
-
-    Returns:
-        `torch.FloatTensor` of shape `(batch, num_kept, size)`: those of the kept tokens, zeros at padding.
+    Refine (Eq. 9) other features of the same tokens, `(batch, num_tokens, size)`, with the anchors and the weights of
+    what [`select_visual_tokens`] returned for this `kappa`: `(batch, num_kept, size)`, zeros at padding.
     """
     kept = selection.indices.masked_fill(selection.indices < 0, features.shape[1])
     # Only what the selection merged may merge.
     is_merged = selection.merged_into >= 0
     similarity = torch.zeros_like(selection.priority).masked_fill(~is_merged, -torch.inf)
+    mask, is_focus, nearest = torch.ones_like(is_merged), selection.is_focus, selection.merged_into
     with without_autocast(features.device):
-        return _refine(
-            *(features, selection.priority, torch.ones_like(is_merged), kept, selection.is_focus),
-            *(selection.merged_into, similarity, kappa),
-        )[0]
+        return _refine(features, selection.priority, mask, kept, is_focus, nearest, similarity, kappa)[0]
 
 
 def _priority(saliency, relevance, mask, alpha, beta):
@@ -404,45 +367,31 @@ def _sum_by_slot(values, slot, width):
 def _check_tensors(features, saliency, relevance, mask):
     if features.ndim != 3 or features.shape[1] == 0:
         raise ValueError(
-            "`features` must have the shape (batch, num_tokens, hidden_size) with at least one token, "
-            f"but its shape is {tuple(features.shape)}."
+            "`features` must have the shape (batch, num_tokens, hidden_size) with at least one token, but its shape "
+            f"is {tuple(features.shape)}."
         )
     shape = features.shape[:2]
     for name, tensor in (("saliency", saliency), ("relevance", relevance), ("mask", mask)):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(
-                f"`{name}` must have the shape (batch, num_tokens) = {tuple(shape)} of `features`, "
-                f"but its shape is {tuple(tensor.shape)}."
+                f"`{name}` must have the shape (batch, num_tokens) = {tuple(shape)} of `features`, but its shape is "
+                f"{tuple(tensor.shape)}."
             )
     if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(
-            f"`mask` must be a bool tensor, but its dtype is {mask.dtype}. Convert it with `mask.bool()`."
-        )
+        raise ValueError(f"`mask` must be a bool tensor, but its dtype is {mask.dtype}: pass `mask.bool()`.")
 
 
 def _check_budgets(features, num_visual_tokens, max_num_visual_tokens):
-    if isinstance(num_visual_tokens, torch.Tensor):
-        if num_visual_tokens.dtype != torch.long or num_visual_tokens.shape != features.shape[:1]:
-            raise ValueError(
-                f"A tensor `num_visual_tokens` must be a LongTensor of shape (batch,) = {tuple(features.shape[:1])}, "
-                f"but it is {num_visual_tokens.dtype} of shape {tuple(num_visual_tokens.shape)}."
-            )
-    elif not _is_budget(num_visual_tokens):
+    found = {}
+    if not isinstance(num_visual_tokens, torch.Tensor):
+        found["num_visual_tokens"] = (num_visual_tokens, "or a LongTensor of shape (batch,)")
+    elif num_visual_tokens.dtype != torch.long or num_visual_tokens.shape != features.shape[:1]:
         raise ValueError(
-            f"`num_visual_tokens={num_visual_tokens!r}` is not allowed: `num_visual_tokens` must be an int >= 1, or a "
-            "LongTensor of shape (batch,)."
+            f"A tensor `num_visual_tokens` must be a LongTensor of shape (batch,) = {tuple(features.shape[:1])}, but "
+            f"it is {num_visual_tokens.dtype} of shape {tuple(num_visual_tokens.shape)}."
         )
-    if max_num_visual_tokens is not None and not _is_budget(max_num_visual_tokens):
-        raise ValueError(
-            f"`max_num_visual_tokens={max_num_visual_tokens!r}` is not allowed: `max_num_visual_tokens` must be an "
-            "int >= 1, or None."
-        )
-
-
-def _is_budget(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _check_settings(**settings):
-    for name, value in settings.items():
-        check_fsr_value(name, value)
+    if max_num_visual_tokens is not None:
+        found["max_num_visual_tokens"] = (max_num_visual_tokens, "or None")
+    for name, (value, other) in found.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{name}={value!r}` is not allowed: `{name}` must be an int >= 1, {other}.")

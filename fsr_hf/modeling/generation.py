@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, NoRepeatNGramLogitsProcessor
-from transformers import __version__ as transformers_version
 from transformers.utils import TransformersKwargs
 
 from .caller import FullPromptView
@@ -15,12 +14,10 @@ from .conversation import (
     Conversation,
     forget,
     get_conversation,
-    has_conversation,
-    is_pruned_cache,
     remember,
     remember_positions,
 )
-from .guards import VERSION, Draft, PromptGuard, get_cache, guarded, is_filled, unpruned
+from .guards import UNPRUNED, VERSION, Draft, PromptGuard, get_cache, guarded, is_filled
 from .offload import is_sharded
 from .outer import OuterModelMixin
 from .prompt import CompressedPrompt, check_no_placeholders, compact_positions, infer_attention_mask
@@ -61,15 +58,15 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
     @torch.no_grad()
     def generate(self, inputs=None, output_visual_selection=None, **kwargs):
         arguments = {name: kwargs.pop(name) for name in _ARGUMENTS_OF_GENERATE if name in kwargs}
-        generation_config = arguments.get("generation_config")
+        generation_config, cache = arguments.get("generation_config"), get_cache(kwargs)
         if getattr(generation_config, "is_assistant", False):  # this model drafts for another one, on its prompt
-            outputs = None if is_filled(get_cache(kwargs)) else kwargs.get("mm_encoder_outputs")
-            with guarded(Draft(outputs)) if outputs else unpruned():
+            outputs = None if is_filled(cache) else kwargs.get("mm_encoder_outputs")
+            with guarded(Draft(outputs) if outputs else UNPRUNED):
                 return super().generate(inputs, **arguments, **kwargs)
 
         call = {name: kwargs.pop(name, None) for name in FSR_ARGUMENTS}
         call |= _budget_of_call(call, generation_config, self.generation_config)
-        fsr = self.config.fsr_config.override(call["num_visual_tokens"], call["retention_ratio"], call["fsr_enabled"])
+        fsr = self.config.fsr_config.override(**call)
         options = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
         options.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         model_kwargs = options.update(**kwargs)
@@ -78,38 +75,38 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
                 "`output_visual_selection=True` needs `return_dict_in_generate=True`, which has a place for the "
                 "selections, and pruning that is enabled."
             )
-        cache = get_cache(kwargs)
-        has_own_layout = self.model.has_own_layout(kwargs)
-        if not fsr.enabled:
-            if cache is not None and is_pruned_cache(cache):
-                raise ValueError(
-                    "`past_key_values` (`cache`) comes from a prompt that FSR compressed: it cannot go on with "
-                    "`fsr_enabled=False`. Pass the whole conversation, pixels included, without a cache."
-                )
-            if not has_own_layout and not has_conversation(cache):
-                with unpruned():
-                    return super().generate(inputs, **arguments, **kwargs)
+        conversation, has_own_layout = get_conversation(cache), self.model.has_own_layout(kwargs)
+        if not fsr.enabled and conversation is not None and conversation.pruned_rows.any():
+            raise ValueError(
+                "`past_key_values` (`cache`) comes from a prompt that FSR compressed: it cannot go on with "
+                "`fsr_enabled=False`. Pass the whole conversation, pixels included, without a cache."
+            )
+        if not fsr.enabled and not has_own_layout and conversation is None:
+            with guarded(UNPRUNED):
+                return super().generate(inputs, **arguments, **kwargs)
 
         visual = self.model.pop_visual(kwargs)
         self._check_generation(options, model_kwargs, arguments, kwargs)
         input_ids: Any = kwargs.get("input_ids") if inputs is None else inputs
-        conversation = None if cache is None else get_conversation(cache)
         if conversation is not None:
-            self._check_continuation(options, arguments, kwargs)
+            self._check_continuation(options, arguments)
+        attention_mask: Any = kwargs.get("attention_mask")
+        if attention_mask is None and input_ids is not None:
+            attention_mask = infer_attention_mask(input_ids, options.pad_token_id, options.eos_token_id)
+        words = {"input_ids": input_ids, "attention_mask": attention_mask}
         if visual is None and conversation is None:
             if input_ids is not None:
                 cached = 0 if cache is None else int(cache.get_seq_length())
                 starts = [cached if cached < input_ids.shape[1] else 0] * len(input_ids)  # what is cached ran unpruned
                 check_no_placeholders(input_ids, starts, self.model.placeholder_ids, self.model.pixel_inputs)
-            return self._generate_unpruned(inputs, options, arguments, kwargs, {}, output_visual_selection, [])
-
+            selections: Any = [] if output_visual_selection else None
+            return self._generate_unpruned(inputs, options, arguments, kwargs, words, {}, selections)
         if conversation is None and is_filled(cache):
             raise ValueError(
                 "`past_key_values` (`cache`) already holds tokens that no FSR model wrote, so images cannot join "
                 "them: pass the whole conversation without it, or `fsr_enabled=False` to run unpruned. (PEFT prefix "
                 "tuning fills the cache: use an adapter on the weights, such as LoRA.)"
             )
-        attention_mask = kwargs.get("attention_mask")
         check_prompt(input_ids, attention_mask, {"position_ids": kwargs.get("position_ids")})
         length = input_ids.shape[1]
         if options.max_new_tokens is None and options.max_length is not None and length >= options.max_length:
@@ -119,12 +116,10 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
                 "`max_new_tokens`."
             )
         device = input_ids.device if self.device.type == "meta" else self.device
-        if attention_mask is None:
-            attention_mask = infer_attention_mask(input_ids, options.pad_token_id, options.eos_token_id)
-        input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
+        caller_ids, caller_mask = input_ids.to(device), attention_mask.to(device)
         prompt = self.model.compress(
-            input_ids,
-            attention_mask,
+            caller_ids,
+            caller_mask,
             **call,
             output_visual_selection=bool(output_visual_selection),
             conversation=conversation,
@@ -137,25 +132,28 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
         is_pruned = prompt is not None and bool(has_own_layout or prompt.pruned_rows.any() or is_sharded(self.model))
         if conversation is None and not is_pruned:
             selections = None if prompt is None else prompt.selections
-            return self._generate_unpruned(
-                inputs, options, arguments, kwargs, visual, output_visual_selection, selections
-            )
+            return self._generate_unpruned(inputs, options, arguments, kwargs, words, visual, selections)
+
         for name in ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids"):
             kwargs.pop(name, None)
-        view = FullPromptView(input_ids, prompt.input_ids.shape[1])
+        view = FullPromptView(caller_ids, prompt.input_ids.shape[1])
         if conversation is not None:
             _check_room(cache, view.compressed_length, options, length)
-        changes = self._lengths(options, length - view.compressed_length)
+        changes = {}  # lengths count the compressed prompt
+        if options.max_new_tokens is None and options.max_length is not None:
+            changes["max_length"] = options.max_length - length + view.compressed_length
+        if options.min_new_tokens is None and options.min_length:
+            changes["min_length"] = max(options.min_length - length + view.compressed_length, 0)
         if options.no_repeat_ngram_size:  # slack would make n-grams that no row has
             processors = [*(arguments.get("logits_processor") or ())]
             if not any(type(processor) is NoRepeatNGramLogitsProcessor for processor in processors):
                 processors.append(NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size))
             arguments["logits_processor"] = processors
             changes["no_repeat_ngram_size"] = 0
-        if arguments.get("generation_config") is None or changes.keys() & kwargs.keys():
+        if generation_config is None or changes.keys() & kwargs.keys():
             kwargs |= changes
         else:
-            arguments["generation_config"] = copy.deepcopy(arguments["generation_config"])
+            arguments["generation_config"] = copy.deepcopy(generation_config)
             arguments["generation_config"].update(**changes)
         if prompt.mm_encoder_outputs:
             kwargs["mm_encoder_outputs"] = prompt.mm_encoder_outputs
@@ -170,9 +168,9 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
                 **kwargs,
             )
             guard.check_end()
-        compressed = output if isinstance(output, torch.Tensor) else output.sequences
-        sequences = view.restore(compressed)
-        self._remember(output, cache, options, sequences, attention_mask, compressed, prompt)
+        ids = output if isinstance(output, torch.Tensor) else output.sequences
+        sequences = view.restore(ids)
+        self._remember(output, cache, options, sequences, caller_mask, ids, prompt)
         if isinstance(output, torch.Tensor):
             return sequences
         output.sequences = sequences
@@ -187,142 +185,90 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
             "words alone."
         )
 
-    def _generate_unpruned(self, inputs, options, arguments, kwargs, visual, output_visual_selection, selections):
+    def _generate_unpruned(self, inputs, options, arguments, kwargs, words, visual, selections):
         """The stock method on a prompt within its budget, or of words alone, whose cache a conversation may use."""
-        # A cache of the caller that is not empty holds what FSR did not write.
-        is_start = not is_filled(get_cache(kwargs))
-        with unpruned() if visual else guarded(None):
-            output = super().generate(inputs, **arguments, **(visual or {}), **kwargs)
-        is_dict = not isinstance(output, torch.Tensor)
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        if is_start and input_ids is not None and (is_dict or get_cache(kwargs) is not None):
-            mask = kwargs.get("attention_mask")
-            if mask is None:
-                mask = infer_attention_mask(input_ids, options.pad_token_id, options.eos_token_id)
-            self._remember_unpruned(output, get_cache(kwargs), options, input_ids, mask, visual)
-        if output_visual_selection:
+        cache = get_cache(kwargs)
+        is_start = not is_filled(cache)  # else it holds what FSR did not write
+        with guarded(UNPRUNED if visual else None):
+            output = super().generate(inputs, **arguments, **visual, **kwargs)
+        is_tensor = isinstance(output, torch.Tensor)
+        if is_start and words["input_ids"] is not None and not (is_tensor and cache is None):
+            sequences = output if is_tensor else output.sequences
+            positions = self.model.full_position_ids(**words, **visual)
+            if positions.ndim == 3:
+                positions = torch.cat([compact_positions(words["attention_mask"])[None], positions])
+            no_rows = torch.zeros(len(words["input_ids"]), dtype=torch.bool)
+            prompt = CompressedPrompt(**words, position_ids=positions, pruned_rows=no_rows)
+            self._remember(output, cache, options, sequences, words["attention_mask"], sequences, prompt)
+        if selections is not None:
             output["visual_selections"] = selections
         return output
 
-    # ------------------------------------------------------------------ what the cache remembers
-
-    def _remember(self, output, cache, options, sequences, attention_mask, compressed, prompt) -> None:
-        """Keep with the cache what a conversation and a caller's own loop need to go on from it."""
+    def _remember(self, output, cache, options, sequences, caller_mask, ids, prompt) -> None:
+        """
+        Keep with the cache what a conversation and a caller's own loop need to go on from it. The model made `ids` of
+        the `prompt`, and the caller sees `sequences`, of which `caller_mask` masks the prompt.
+        """
         cache = cache if isinstance(output, torch.Tensor) else get_cache(output)
         if cache is None:
             return
-        num_new = compressed.shape[1] - prompt.input_ids.shape[1]
-        cached = int(cache.get_seq_length())
-        is_one_each = len(compressed) == len(prompt.input_ids) and (options.num_beams or 1) == 1
-        if not is_one_each or not prompt.input_ids.shape[1] <= cached <= compressed.shape[1]:
+        cached, num_new = int(cache.get_seq_length()), ids.shape[1] - prompt.input_ids.shape[1]
+        is_one_each = len(ids) == len(prompt.input_ids) and (options.num_beams or 1) == 1
+        if not is_one_each or not prompt.input_ids.shape[1] <= cached <= ids.shape[1]:
             forget(cache)
             if prompt.pruned_rows.any():
                 remember_positions(cache, prompt.position_ids)
             return
         steps = torch.arange(1, num_new + 1, device=prompt.position_ids.device)
         positions = torch.cat([prompt.position_ids, prompt.position_ids[..., -1:] + steps], dim=-1)
-        masks = [
-            torch.cat([mask, mask.new_ones(len(mask), num_new)], dim=1)
-            for mask in (attention_mask, prompt.attention_mask)
-        ]
+        pad = torch.nn.functional.pad
         eos = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
         conversation = Conversation(
             caller_ids=sequences,
-            caller_mask=masks[0],
-            input_ids=compressed[:, :cached],
-            attention_mask=masks[1][:, :cached],
+            caller_mask=pad(caller_mask, (0, num_new), value=1),
+            input_ids=ids[:, :cached],
+            attention_mask=pad(prompt.attention_mask, (0, num_new), value=1)[:, :cached],
             position_ids=positions[..., :cached],
             pruned_rows=prompt.pruned_rows,
-            num_uncached=compressed.shape[1] - cached,
+            num_uncached=ids.shape[1] - cached,
             num_new=num_new,
             end_ids=[token for token in (*eos, options.pad_token_id) if token is not None],
         )
         remember(cache, conversation)
 
-    def _remember_unpruned(self, output, cache, options, input_ids, attention_mask, visual) -> None:
-        """The same for a prompt that ran as it is."""
-        positions = self.model.full_position_ids(input_ids, attention_mask, **(visual or {}))
-        if positions.ndim == 3:
-            positions = torch.cat([compact_positions(attention_mask)[None], positions])
-        prompt = CompressedPrompt(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            mm_encoder_outputs={},
-            columns=input_ids,
-            num_features=0,
-            is_padded=False,
-            pruned_rows=torch.zeros(len(input_ids), dtype=torch.bool),
-        )
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        self._remember(output, cache, options, sequences, attention_mask, sequences, prompt)
-
-    # ------------------------------------------------------------------ options
-
-    def _lengths(self, options, difference: int) -> dict[str, int]:
-        """Lengths that count the compressed prompt, in place of those that count the caller's."""
-        lengths = {}
-        if options.max_new_tokens is None and options.max_length is not None:
-            lengths["max_length"] = options.max_length - difference
-        if options.min_new_tokens is None and options.min_length:
-            lengths["min_length"] = max(options.min_length - difference, 0)
-        return lengths
-
     def _check_generation(self, options: GenerationConfig, model_kwargs, arguments, kwargs) -> None:
         """Refuse what would be wrong with a compressed prompt, and names that nothing reads."""
-        mode = options.get_generation_mode(arguments.get("assistant_model")).value
-        refused = {
-            "prefill_chunk_size": (
-                options.prefill_chunk_size is not None and VERSION < (5, 23),
-                f"transformers {transformers_version} splits visual tokens wrongly by chunks (right from 5.23 on)",
-            ),
-            "token_healing": (
-                options.token_healing,
-                "it rewrites the ids of the prompt, which its visual tokens do not follow",
-            ),
-            "cache_implementation": (
-                options.cache_implementation == "paged",
-                _NO_PIXELS,
-            ),
-            "custom_generate": (
-                arguments.get("custom_generate") is not None
-                or mode in ("contrastive_search", "dola_generation", "group_beam_search", "constrained_beam_search"),
-                f"a decoding loop from elsewhere ({mode}) need not keep the visual tokens of the compressed prompt",
-            ),
-            "encoder_repetition_penalty": (
-                options.encoder_repetition_penalty not in (None, 1.0),
-                "it reads the ids of the prompt as if they were an encoder's",
-            ),
-            "encoder_no_repeat_ngram_size": (
-                bool(options.encoder_no_repeat_ngram_size),
-                "it reads the ids of the prompt as if they were an encoder's",
-            ),
-            "guidance_scale": (
-                self.model.has_position_axes and options.guidance_scale not in (None, 1, 1.0),
-                "the prompt without the condition would get the positions of the one with it",
-            ),
-            "assistant_model": (
-                self.model.has_position_axes and _reads_text_positions(arguments.get("assistant_model")),
-                "it would get the positions of this model, which have several axes: use a model of the same family",
-            ),
-            "inputs_embeds": (
-                kwargs.get("inputs_embeds") is not None,
-                "images in it would run unpruned; pass `input_ids` and pixels",
-            ),
-            "mm_encoder_outputs": (
-                kwargs.get("mm_encoder_outputs") is not None,
-                "images in it would run unpruned; pass `input_ids` and pixels",
-            ),
-        }
-        for name, (is_refused, reason) in refused.items():
+        assistant_model, has_axes = arguments.get("assistant_model"), self.model.has_position_axes
+        mode = options.get_generation_mode(assistant_model).value
+        is_split = VERSION < (5, 23) and options.prefill_chunk_size is not None
+        is_foreign_loop = arguments.get("custom_generate") is not None or mode in (
+            *("contrastive_search", "dola_generation", "group_beam_search", "constrained_beam_search"),
+        )
+        foreign = f"a decoding loop from elsewhere ({mode}) need not keep the visual tokens of the compressed prompt"
+        as_encoder = "it reads the ids of the prompt as if they were an encoder's"
+        unpruned = "images in it would run unpruned; pass `input_ids` and pixels"
+        guidance = "the prompt without the condition would get the positions of the one with it"
+        assistant = "it would get the positions of this model, which have several axes: use a model of the same family"
+        refused = (
+            ("prefill_chunk_size", is_split, "before 5.23, transformers loses visual tokens by chunks"),
+            ("token_healing", options.token_healing, "it rewrites the prompt, which its visual tokens do not follow"),
+            ("cache_implementation", options.cache_implementation == "paged", _NO_PIXELS),
+            ("custom_generate", is_foreign_loop, foreign),
+            ("encoder_repetition_penalty", options.encoder_repetition_penalty not in (None, 1.0), as_encoder),
+            ("encoder_no_repeat_ngram_size", options.encoder_no_repeat_ngram_size, as_encoder),
+            ("guidance_scale", has_axes and options.guidance_scale not in (None, 1, 1.0), guidance),
+            ("assistant_model", has_axes and _reads_text_positions(assistant_model), assistant),
+            ("inputs_embeds", kwargs.get("inputs_embeds") is not None, unpruned),
+            ("mm_encoder_outputs", kwargs.get("mm_encoder_outputs") is not None, unpruned),
+        )
+        for name, is_refused, reason in refused:
             if is_refused:
                 raise ValueError(
                     f"`{name}` is not supported with FSR: {reason}. `fsr_enabled=False` runs the stock model."
                 )
         # PEFT puts its own method on the model while it generates.
-        adapter: Any = getattr(
-            getattr(self.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None
-        )
+        peft_model = getattr(self.prepare_inputs_for_generation, "__self__", None)
+        adapter: Any = getattr(peft_model, "active_peft_config", None)
         if getattr(adapter, "is_prompt_learning", False):
             raise ValueError(
                 f"PEFT {adapter.peft_type} is not supported with FSR: it adds virtual tokens to the prompt after it "
@@ -334,32 +280,24 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
             *("inputs_embeds", "tokenizer", "assistant_tokenizer", "trust_remote_code", "custom_generate"),
             *("cache", "past_key_values", "negative_prompt_ids", "negative_prompt_attention_mask"),
         }
-        unknown = [name for name, value in model_kwargs.items() if value is not None and name not in known]
-        if unknown:
+        if unknown := [name for name, value in model_kwargs.items() if value is not None and name not in known]:
             raise ValueError(
                 f"The following `model_kwargs` are not used by the model: {unknown} (note: typos in the generate "
                 "arguments will also show up in this list)"
             )
 
-    def _check_continuation(self, options, arguments, kwargs) -> None:
+    def _check_continuation(self, options: GenerationConfig, arguments) -> None:
         """Refuse what cannot go on from a cache."""
-        refused = {
-            "num_beams": ((options.num_beams or 1) > 1, "the cache has one row for each prompt"),
-            "num_return_sequences": (
-                (options.num_return_sequences or 1) > 1,
-                "the cache has one row for each prompt",
-            ),
-            "assistant_model": (
-                arguments.get("assistant_model") is not None,
-                "the assistant has no cache of the earlier turns",
-            ),
-            "prompt_lookup_num_tokens": (
-                options.prompt_lookup_num_tokens is not None,
-                "transformers would run what is in the cache again",
-            ),
-            "use_cache": (options.use_cache is False, "the earlier turns are in the cache alone"),
-        }
-        for name, (is_refused, reason) in refused.items():
+        has_assistant = arguments.get("assistant_model") is not None
+        one_row, again = "the cache has one row for each prompt", "transformers would run what is in the cache again"
+        refused = (
+            ("num_beams", (options.num_beams or 1) > 1, one_row),
+            ("num_return_sequences", (options.num_return_sequences or 1) > 1, one_row),
+            ("assistant_model", has_assistant, "the assistant has no cache of the earlier turns"),
+            ("prompt_lookup_num_tokens", options.prompt_lookup_num_tokens is not None, again),
+            ("use_cache", options.use_cache is False, "the earlier turns are in the cache alone"),
+        )
+        for name, is_refused, reason in refused:
             if is_refused:
                 raise ValueError(
                     f"`{name}` is not supported where a conversation goes on from a cache: {reason}. Leave it out, or "
@@ -391,10 +329,7 @@ def _reads_text_positions(model: Any) -> bool:
 
 
 def _check_room(cache: Any, compressed_length: int, options: GenerationConfig, length: int) -> None:
-    """
-    Raises:
-        ValueError: if a static cache has no room for a turn.
-    """
+    """Refuse a static cache without room for a turn."""
     room = getattr(cache.layers[0], "max_cache_len", None) if getattr(cache, "layers", None) else None
     num_new = options.max_new_tokens
     if num_new is None:

@@ -9,8 +9,9 @@ import inspect
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,20 +21,18 @@ from transformers.utils import logging
 
 
 __all__ = [
+    "UNPRUNED",
     "VERSION",
     "Draft",
-    "PlacementCounter",
     "PromptGuard",
     "active_guard",
     "cache_length",
-    "check_outputs",
     "count_placed",
     "get_cache",
     "guarded",
     "is_filled",
-    "is_unpruned",
     "name_cache",
-    "unpruned",
+    "run_checked",
     "warn_if_untested",
 ]
 
@@ -47,7 +46,8 @@ VERSION = tuple(map(int, re.findall(r"\d+", transformers_version)[:2]))
 _CACHE_NAMES = ("cache", "past_key_values")
 _NAMES = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 _CACHE_NAME = next((name for name in _CACHE_NAMES if name in _NAMES), _CACHE_NAMES[VERSION < (5, 24)])
-_UNPRUNED = "unpruned"
+# In place of a `PromptGuard`: prompts with pixels run as in the stock model, since it was decided to prune nothing.
+UNPRUNED = "unpruned"
 _calls = threading.local()
 
 
@@ -90,33 +90,21 @@ def is_filled(cache: Any) -> bool:
     return cache is not None and int(cache.get_seq_length()) > 0
 
 
+@dataclass
 class PromptGuard:
-    """
-    The numbers of one compressed prompt, and how much of it the model has been fed.
+    """The numbers of one compressed prompt, and how much of it the model has been fed."""
 
-    Args:
-        model (`torch.nn.Module`):
-            The inner model whose calls are checked.
-        length (`int`):
-            Columns of the compressed prompt, those in the cache among them.
-        past_length (`int`):
-            Columns that the cache holds already.
-        num_features (`int`):
-            Visual tokens that fill placeholders of the prompt.
-        is_padded (`bool`):
-            Whether the mask has a 0, so that it must not get lost.
-    """
+    model: torch.nn.Module  # the inner model whose calls are checked
+    length: int  # columns of the compressed prompt, those in the cache among them
+    past_length: int  # columns that the cache holds already
+    num_features: int  # visual tokens that fill placeholders of the prompt
+    is_padded: bool  # whether the mask has a 0, so that it must not get lost
+    features_fed: int = 0
+    is_started: bool = False
+    cache: Any = None
 
-    def __init__(self, model: torch.nn.Module, length: int, past_length: int, num_features: int, is_padded: bool):
-        self.model = model
-        self.length = length
-        self.num_features = num_features
-        self.is_padded = is_padded
-        self.past_length = past_length
-        self.columns_fed = past_length
-        self.features_fed = 0
-        self.is_started = False
-        self.cache: Any = None
+    def __post_init__(self):
+        self.columns_fed = self.past_length
 
     def check_inputs(self, num_new: int, num_features: int, kwargs: dict[str, Any]) -> None:
         """Before a call of the model with `num_new` columns and `num_features` visual tokens."""
@@ -127,47 +115,38 @@ class PromptGuard:
                 self._check_features(num_features)
             return
         cached = cache_length(cache)
-        if not self.is_started and cached not in (None, self.past_length):
-            _fail("the cache before the prompt", f"{self.past_length} entries", cached)
+        is_empty = self.is_started or cached in (None, self.past_length)
+        _expect(is_empty, "the cache before the prompt", f"{self.past_length} entries", cached)
         self.is_started, self.cache = True, cache
-        if kwargs.get("position_ids") is None:
-            _fail("`position_ids`", "the positions of the compressed prompt", None)
-        if mask is None and self.is_padded:
-            _fail("`attention_mask`", "the mask of a padded prompt", None)
-        width = None if cached is None else cached + num_new
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and width not in (None, mask.shape[1]):
-            _fail("the width of `attention_mask`", f"{width}, cache and new tokens", mask.shape[1])
+        has_positions = kwargs.get("position_ids") is not None
+        _expect(has_positions, "`position_ids`", "the positions of the compressed prompt", None)
+        _expect(mask is not None or not self.is_padded, "`attention_mask`", "the mask of a padded prompt", None)
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and cached is not None:
+            width, found = cached + num_new, mask.shape[1]
+            _expect(width == found, "the width of `attention_mask`", f"{width}, cache and new tokens", found)
         self.columns_fed += num_new
         self.features_fed += num_features
         if self.columns_fed >= self.length:
             self.check_end()
 
     def _check_features(self, found: int) -> None:
-        if found < self.num_features:
-            _fail("the visual tokens that the model was fed", self.num_features, found)
+        _expect(found >= self.num_features, "the visual tokens that the model was fed", self.num_features, found)
 
     def check_end(self) -> None:
         """After the prompt: the model has been fed all of it."""
-        if self.columns_fed < self.length:
-            _fail("the prompt that the model was fed", f"{self.length} columns", self.columns_fed)
+        is_whole = self.columns_fed >= self.length
+        _expect(is_whole, "the prompt that the model was fed", f"{self.length} columns", self.columns_fed)
         self._check_features(self.features_fed)
 
 
-def check_outputs(placed: int, num_features: int, cached: int | None, num_new: int, outputs: Any) -> None:
-    """After a call of the model: its features filled placeholders, and its cache has grown by the new columns."""
-    if placed != num_features:
-        _fail("the visual tokens that filled placeholders", num_features, placed)
-    after = cache_length(get_cache(outputs))
-    if get_cache(outputs) is not None and None not in (cached, after) and after != cached + num_new:  # type: ignore
-        _fail("the cache after the call", f"{cached} + {num_new} entries", after)
-
-
-def _fail(what: str, expected: Any, found: Any) -> None:
-    raise RuntimeError(
-        f"FSR stops here, since the answer would be wrong: {what} should be {expected}, but is {found}. This code was "
-        f"tested with transformers up to {TESTED_UP_TO[0]}.{TESTED_UP_TO[1]}, and this is {transformers_version}. "
-        "Use a tested version or a newer release of fsr-hf, or pass `fsr_enabled=False`, and please report it."
-    )
+def _expect(is_so: bool, what: str, expected: Any, found: Any) -> None:
+    if not is_so:
+        raise RuntimeError(
+            f"FSR stops here, since the answer would be wrong: {what} should be {expected}, but is {found}. This code "
+            f"was tested with transformers up to {TESTED_UP_TO[0]}.{TESTED_UP_TO[1]}, and this is "
+            f"{transformers_version}. Use a tested version or a newer release of fsr-hf, or pass `fsr_enabled=False`, "
+            "and please report it."
+        )
 
 
 def active_guard() -> Any:
@@ -186,50 +165,38 @@ def guarded(guard: Any) -> Iterator[None]:
         _calls.guard = before
 
 
+@dataclass
 class Draft:
     """
     An FSR model drafts for another model. transformers hands an assistant the visual tokens of the prompt and drops
     them before its first step; without them its candidates are poor.
-
-    Args:
-        mm_encoder_outputs (`dict`, *optional*):
-            The visual tokens.
     """
 
-    def __init__(self, mm_encoder_outputs: dict | None):
-        self.mm_encoder_outputs = mm_encoder_outputs
+    mm_encoder_outputs: dict[str, Any] | None
 
-    def take(self, hidden_size: int) -> dict | None:
+    def take(self, hidden_size: int) -> dict[str, Any] | None:
         """The visual tokens, once, if they are as wide as the embeddings of the model that drafts."""
         outputs, self.mm_encoder_outputs = self.mm_encoder_outputs, None
         fits = outputs and all(output.pooler_output[0].shape[-1] == hidden_size for output in outputs.values())
         return outputs if fits else None
 
 
-def unpruned():
-    """A context in which prompts with pixels run as in the stock model: it was decided that nothing is pruned."""
-    return guarded(_UNPRUNED)
-
-
-def is_unpruned(guard: Any) -> bool:
-    """Whether `guard` stands for a context of [`unpruned`]."""
-    return guard == _UNPRUNED
-
-
-class PlacementCounter:
-    """Counts the visual tokens that find their placeholders in one call of the model."""
-
-    def __enter__(self) -> "PlacementCounter":
-        self.before, self.placed = getattr(_calls, "placement", None), 0
-        _calls.placement = self
-        return self
-
-    def __exit__(self, *_) -> None:
-        _calls.placement = self.before
+def run_checked(forward: Callable, num_features: int, inputs: dict[str, Any]) -> Any:
+    """Run the model on a prompt: its features have to fill placeholders, its cache to grow by the new columns."""
+    cached, num_new = cache_length(get_cache(inputs)), inputs["input_ids"].shape[1]
+    before, _calls.placed = getattr(_calls, "placed", None), 0
+    try:
+        outputs, placed = forward(**inputs), _calls.placed
+    finally:
+        _calls.placed = before
+    _expect(placed == num_features, "the visual tokens that filled placeholders", num_features, placed)
+    after = None if get_cache(outputs) is None else cache_length(get_cache(outputs))
+    if cached is not None and after is not None:
+        _expect(after == cached + num_new, "the cache after the call", f"{cached} + {num_new} entries", after)
+    return outputs
 
 
 def count_placed(*features: Any) -> None:
     """Note that these features, of shape `(..., hidden_size)` or `None`, fill placeholders."""
-    counter = getattr(_calls, "placement", None)
-    if counter is not None:
-        counter.placed += sum(part.shape[:-1].numel() for part in features if isinstance(part, torch.Tensor))
+    if getattr(_calls, "placed", None) is not None:
+        _calls.placed += sum(part.shape[:-1].numel() for part in features if isinstance(part, torch.Tensor))

@@ -20,26 +20,16 @@ __all__ = ["FSRLlavaForConditionalGeneration", "FSRLlavaModel"]
 class FSRLlavaModel(CLIPTowerMixin, LlavaModel):
     """
     [`LlavaModel`] that keeps the `fsr_config.num_visual_tokens` visual tokens of each image that matter for the
-    question (Focus-Scan-Refine, [arXiv 2602.05809](https://arxiv.org/abs/2602.05809)).
-
-    Args:
-        config (`FSRLlavaConfig`):
-            With `fsr_config.text_encoder_config`, the model has the CLIP text tower as `text_encoder` and ranks tokens
-            by saliency and relevance; without, by saliency alone.
+    question (Focus-Scan-Refine, [arXiv 2602.05809](https://arxiv.org/abs/2602.05809)). With
+    `fsr_config.text_encoder_config`, it has the CLIP text tower as `text_encoder` and ranks tokens by saliency and
+    relevance; without, by saliency alone.
     """
 
     config_class = FSRLlavaConfig
-    config: FSRLlavaConfig
     visual_inputs = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 
-    def build_items(
-        self,
-        pixel_values: torch.Tensor,
-        vision_feature_layer: int | None = None,
-        vision_feature_select_strategy: str | None = None,
-        image_sizes: None = None,
-    ) -> list[VisualItem]:
-        resolve_clip_layer(self.config, vision_feature_layer, vision_feature_select_strategy)
+    def build_items(self, pixel_values: torch.Tensor, image_sizes: None = None, **choice: Any) -> list[VisualItem]:
+        resolve_clip_layer(self.config, **choice)
         if pixel_values.ndim != 4:
             raise ValueError(
                 "`pixel_values` must have the shape (images, channels, height, width), but its shape is "
@@ -53,19 +43,9 @@ class FSRLlavaModel(CLIPTowerMixin, LlavaModel):
     def take_items(self, numbers: dict[str, list[int]], **visual: Any) -> dict[str, Any]:
         return visual | {"pixel_values": visual["pixel_values"][numbers["image"]]}
 
-    def encode_items(
-        self,
-        items: list[VisualItem],
-        query: torch.Tensor | None,
-        pixel_values: torch.Tensor,
-        vision_feature_layer: int | None = None,
-        vision_feature_select_strategy: str | None = None,
-        image_sizes: None = None,
-    ) -> tuple[VisualTokens, dict[str, Any]]:
+    def encode_items(self, items, query, pixel_values, image_sizes=None, **choice):
         rows = [item.row for item in items]
-        outputs, saliency, relevance = self.run_clip_tower(
-            pixel_values, rows, query, vision_feature_layer, vision_feature_select_strategy
-        )
+        outputs, saliency, relevance = self.run_clip_tower(pixel_values, rows, query, **choice)
         relevance = None if relevance is None else relevance.flatten(0, 1)
         return VisualTokens(outputs.pooler_output, saliency.flatten(), relevance), {"image": outputs}
 
@@ -75,15 +55,7 @@ class FSRLlavaForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin, Llav
     [`LlavaForConditionalGeneration`] on an [`FSRLlavaModel`]: `generate()` and `forward()` prune the visual tokens of
     each image.
 
-    Args:
-        config (`FSRLlavaConfig`):
-            As for [`FSRLlavaModel`].
-
-    Example:
-
     ```python
-    >>> from transformers import AutoModel, AutoProcessor
-
     >>> model = AutoModel.from_pretrained("org/llava-1.5-7b-fsr", trust_remote_code=True)
     >>> processor = AutoProcessor.from_pretrained("org/llava-1.5-7b-fsr", trust_remote_code=True)
     >>> inputs = processor(images=image, text="USER: <image>\nWhat is this? ASSISTANT:", return_tensors="pt")
@@ -92,7 +64,6 @@ class FSRLlavaForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin, Llav
     """
 
     config_class = FSRLlavaConfig
-    config: FSRLlavaConfig
     inner_class = FSRLlavaModel
 
 

@@ -18,21 +18,15 @@ __all__ = ["FSRQwen2_5_VLForConditionalGeneration", "FSRQwen2_5_VLModel"]
 
 class FSRQwen2_5_VLModel(QwenVLMixin, Qwen2_5_VLModel):
     """
-    [`Qwen2_5_VLModel`] that keeps the visual tokens of each image and video that matter (Focus-Scan-Refine,
-    [arXiv 2602.05809](https://arxiv.org/abs/2602.05809)).
-
-    Tokens are ranked by the attention that they receive in the last block of the vision tower. An image or a video is
-    one pool, whatever its resolution (`fsr_config.pool="view"`: each temporal slice of a video is a pool of its own,
-    with an equal share of the budget). Kept tokens and text keep the positions of the full prompt
-    (`fsr_config.positions="compact"`: a row that is pruned counts one by one, as if all were text).
-
-    Args:
-        config (`FSRQwen2_5_VLConfig`):
-            The last block of its vision tower must be one of full attention.
+    [`Qwen2_5_VLModel`] that keeps the visual tokens of each image and video that matter (Focus-Scan-Refine, [arXiv
+    2602.05809](https://arxiv.org/abs/2602.05809)): those that receive most attention in the last block of the vision
+    tower, which must be one of full attention, and some that cover the rest. An image or a video is one pool, whatever
+    its resolution (`fsr_config.pool="view"`: each temporal slice of a video is a pool of its own). Kept tokens and
+    text keep the positions of the full prompt (`fsr_config.positions="compact"`: a row that is pruned counts one by
+    one, as if all were text).
     """
 
     config_class = FSRQwen2_5_VLConfig
-    config: FSRQwen2_5_VLConfig
     visual_inputs = (*QwenVLMixin.visual_inputs, "second_per_grid_ts")
     rope_inputs = (*QwenVLMixin.rope_inputs, "second_per_grid_ts")
 
@@ -41,9 +35,8 @@ class FSRQwen2_5_VLModel(QwenVLMixin, Qwen2_5_VLModel):
         if vision.depth < 2 or vision.depth - 1 not in vision.fullatt_block_indexes:
             raise ValueError(
                 f"`vision_config.depth={vision.depth}` and `vision_config.fullatt_block_indexes="
-                f"{list(vision.fullatt_block_indexes)}` are not supported: FSR reads saliency from the attention of "
-                f"the last block (index {vision.depth - 1}), which must be one of full attention and have another "
-                "block before it."
+                f"{list(vision.fullatt_block_indexes)}` are not supported: saliency is the attention of the last "
+                f"block (index {vision.depth - 1}), which must be one of full attention and not the first."
             )
         super().__init__(config)
 
@@ -67,15 +60,7 @@ class FSRQwen2_5_VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin,
     [`Qwen2_5_VLForConditionalGeneration`] on an [`FSRQwen2_5_VLModel`]: `generate()` and `forward()` prune the visual
     tokens of each image and video. The stock processor is used as it is.
 
-    Args:
-        config (`FSRQwen2_5_VLConfig`):
-            As for [`FSRQwen2_5_VLModel`].
-
-    Example:
-
     ```python
-    >>> from transformers import AutoModel, AutoProcessor
-
     >>> model = AutoModel.from_pretrained("org/Qwen2.5-VL-7B-Instruct-fsr", trust_remote_code=True)
     >>> processor = AutoProcessor.from_pretrained("org/Qwen2.5-VL-7B-Instruct-fsr")
     >>> content = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
@@ -88,7 +73,6 @@ class FSRQwen2_5_VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin,
     """
 
     config_class = FSRQwen2_5_VLConfig
-    config: FSRQwen2_5_VLConfig
     inner_class = FSRQwen2_5_VLModel
 
 

@@ -20,43 +20,27 @@ __all__ = ["FSRQwen3VLForConditionalGeneration", "FSRQwen3VLModel", "KeptDeepsta
 
 @dataclass
 class KeptDeepstackOutput(KeptVisualOutput):
-    """
-    [`KeptVisualOutput`] with features of earlier blocks of the vision tower, which are added to the hidden states of
-    the first layers of the language model.
+    """[`KeptVisualOutput`] with features of earlier blocks, which are added to hidden states of the language model."""
 
-    Args:
-        deepstack_features (`list[list[torch.FloatTensor]]`, *optional*):
-            For each depth, tensors of the sizes of `pooler_output`.
-    """
-
+    # For each depth, tensors of the sizes of `pooler_output`.
     deepstack_features: list[list[torch.FloatTensor]] | None = None
 
 
 class FSRQwen3VLModel(QwenVLMixin, Qwen3VLModel):
     """
-    [`Qwen3VLModel`] that keeps the visual tokens of each image and video that matter (Focus-Scan-Refine,
-    [arXiv 2602.05809](https://arxiv.org/abs/2602.05809)).
-
-    Tokens are ranked by the attention that they receive in the last block of the vision tower. An image or a video is
-    one pool, whatever its resolution (`fsr_config.pool="view"`: what stands behind a timestamp of a video is a pool of
-    its own, with an equal share of the budget). A timestamp stays, even if nothing behind it is kept. Kept tokens and
-    text keep the positions of the full prompt (`fsr_config.positions="compact"`: a row that is pruned counts one by
-    one, as if all were text). A kept token keeps its features of all depths; those of an anchor are merged with those
-    of the tokens that it absorbs, by the same weights (Eq. 9).
-
-    Args:
-        config (`FSRQwen3VLConfig`):
-            Its vision tower must have more than one block.
+    [`Qwen3VLModel`] that keeps the visual tokens of each image and video that matter, as [`FSRQwen2_5_VLModel`] does.
+    With `fsr_config.pool="view"`, what stands behind a timestamp of a video is a pool of its own; a timestamp stays,
+    even if nothing behind it is kept. A kept token keeps its features of all depths; those of an anchor are merged
+    with those of the tokens that it absorbs, by the same weights (Eq. 9).
     """
 
     config_class = FSRQwen3VLConfig
-    config: FSRQwen3VLConfig
 
     def __init__(self, config: FSRQwen3VLConfig):
         if config.vision_config.depth < 2:
             raise ValueError(
-                f"`vision_config.depth={config.vision_config.depth}` is not supported: FSR reads saliency from the "
-                "attention of the last block, which must have another block before it."
+                f"`vision_config.depth={config.vision_config.depth}` is not supported: saliency is the attention of "
+                "the last block, which must have another block before it."
             )
         super().__init__(config)
 
@@ -87,28 +71,8 @@ class FSRQwen3VLModel(QwenVLMixin, Qwen3VLModel):
 class FSRQwen3VLForConditionalGeneration(RemoteCodeMixin, FSRGenerationMixin, Qwen3VLForConditionalGeneration):
     """
     [`Qwen3VLForConditionalGeneration`] on an [`FSRQwen3VLModel`]: `generate()` and `forward()` prune the visual tokens
-    of each image and video. The stock processor is used as it is.
-
-    Args:
-        config (`FSRQwen3VLConfig`):
-            As for [`FSRQwen3VLModel`].
-
-    Example:
-
-    ```python
-    >>> from transformers import AutoModel, AutoProcessor
-
-    >>> model = AutoModel.from_pretrained("org/Qwen3-VL-8B-Instruct-fsr", trust_remote_code=True)
-    >>> processor = AutoProcessor.from_pretrained("org/Qwen3-VL-8B-Instruct-fsr")
-    >>> content = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
-    >>> inputs = processor.apply_chat_template(
-    ...     [{"role": "user", "content": content}],
-    ...     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-    ... )
-    >>> out = model.generate(**inputs, max_new_tokens=64)
-    ```
+    of each image and video. The stock processor is used as it is, as with [`FSRQwen2_5_VLForConditionalGeneration`].
     """
 
     config_class = FSRQwen3VLConfig
-    config: FSRQwen3VLConfig
     inner_class = FSRQwen3VLModel

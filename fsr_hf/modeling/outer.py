@@ -23,14 +23,15 @@ class OuterModelMixin(TextEncoderMixin):
         super().__init_subclass__(**kwargs)
         if cls.forward is OuterModelMixin.forward:
             intro = (
-                "As the stock method, on an inner model that compresses prompts with pixels: the loss is that of the "
-                "compressed sequence, where labels on placeholders of images and videos never count; `logits` and "
-                "`logits_to_keep` mean the caller's positions, and a dropped one has the logits of the last kept "
-                "position before it; `hidden_states`, `attentions` and the cache have the compressed length. "
-                "`position_ids`, packed sequences, `shift_labels` and `inputs_embeds` cannot stand beside pixels."
+                "As the stock method, on an inner model that compresses prompts with pixels: labels on placeholders "
+                "never count; `logits` and `logits_to_keep` mean the caller's positions, and a dropped one has the "
+                "logits of the last kept position before it; `hidden_states`, `attentions` and the cache have the "
+                "compressed length. `position_ids`, packed sequences, `shift_labels` and `inputs_embeds` cannot stand "
+                "beside pixels."
             )
-            names = getattr(getattr(cls, "inner_class", None), "visual_inputs", ())
-            adopt_signature(cls, "forward", intro, FSR_ARGUMENTS | dict.fromkeys(names, "Any"))
+            inner_class = getattr(cls, "inner_class", None)
+            names = dict.fromkeys(getattr(inner_class, "visual_inputs", ()), "Any")
+            adopt_signature(cls, "forward", intro, FSR_ARGUMENTS | names)
 
     def __init__(self, config):
         # The class before the stock one, whose own `__init__` would build the stock inner model first.
@@ -52,12 +53,7 @@ class OuterModelMixin(TextEncoderMixin):
 
     def forward(self, input_ids=None, labels=None, **kwargs):
         if labels is not None and self.model.will_prune(kwargs):
-            check_prompt(input_ids, kwargs.get("attention_mask"), kwargs)
-            if labels.shape != input_ids.shape:
-                raise ValueError(
-                    f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, but their shape is "
-                    f"{tuple(labels.shape)}."
-                )
+            check_prompt(input_ids, kwargs.get("attention_mask"), kwargs, labels)
             labels = self._mask_labels(input_ids, labels, kwargs)
         return super().forward(input_ids=input_ids, labels=labels, **kwargs)
 

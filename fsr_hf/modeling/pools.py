@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from .fsr import VisualSelection, refine_like
-from .prompt import VisualItem
+from .prompt import VisualItem, starts_of
 
 
 __all__ = ["KeptTokens", "VisualTokens", "select_from_items", "split_budget"]
@@ -16,47 +16,24 @@ __all__ = ["KeptTokens", "VisualTokens", "select_from_items", "split_budget"]
 
 @dataclass
 class VisualTokens:
-    """
-    The visual tokens of some items, and their scores.
+    """The visual tokens of some items, and their scores."""
 
-    Args:
-        features (`list[torch.FloatTensor]`):
-            For each item, what the stock model puts into its placeholders: `(placeholders, hidden_size)`.
-        saliency (`torch.FloatTensor` of shape `(placeholders of all items,)`):
-            Eq. 1, item by item. Any number where there is no candidate.
-        relevance (`torch.FloatTensor` of shape `(placeholders of all items,)`, *optional*):
-            Eq. 2, higher for what is more relevant.
-        companions (`list[torch.FloatTensor]`, *optional*):
-            For each item, what else the language model reads for its placeholders: `(placeholders, size)`. It is kept
-            and merged as the features are, and has no part in the choice.
-    """
-
-    features: list[torch.Tensor]
-    saliency: torch.Tensor
-    relevance: torch.Tensor | None = None
+    features: list[torch.Tensor]  # of each item, what the stock model puts into its placeholders: [placeholders, D]
+    saliency: torch.Tensor  # [placeholders of all items], Eq. 1; any number where there is no candidate
+    relevance: torch.Tensor | None = None  # the same for Eq. 2, higher for what is more relevant
+    # Of each item, what else the language model reads for its placeholders, [placeholders, size]: kept and merged as
+    # the features are, without a part in the choice.
     companions: list[torch.Tensor] | None = None
 
 
 @dataclass
 class KeptTokens:
-    """
-    What the items keep.
+    """What the items keep."""
 
-    Args:
-        indices (`torch.LongTensor` of shape `(sum(counts),)`):
-            The kept placeholders of each item, ascending, item by item.
-        features (`torch.FloatTensor` of shape `(sum(counts), hidden_size)`):
-            Their tokens after Refine; companions follow in the same rows, `(sum(counts), hidden_size + size)`.
-        counts (`list[int]`):
-            How many each item keeps.
-        selections (`list[VisualSelection]`, *optional*):
-            One for each item, if asked for.
-    """
-
-    indices: torch.Tensor
-    features: torch.Tensor
-    counts: list[int]
-    selections: list[VisualSelection] | None = None
+    indices: torch.Tensor  # [sum(counts)]: the kept placeholders of each item, ascending, item by item
+    features: torch.Tensor  # [sum(counts), D + size]: their tokens and companions after Refine
+    counts: list[int]  # how many each item keeps
+    selections: list[VisualSelection] | None = None  # one for each item, if asked for
 
 
 def split_budget(budget: int, sizes: list[int]) -> list[int]:
@@ -78,120 +55,86 @@ def select_from_items(
     return_selections: bool,
 ) -> KeptTokens:
     """
-    Select within every pool, and put the pools of an item together again. An item within its budget stays whole.
-
-    Args:
-        budgets (`list[int]`):
-            Tokens that each item may keep.
-        fsr (`FSRConfig`):
-            The hyper-parameters.
-        selector (`Callable`):
-            [`select_visual_tokens`], or what stands for it.
-        return_selections (`bool`):
-            Whether to make a [`VisualSelection`] for each item, also for those within their budget.
+    Select within every pool by `selector`, [`select_visual_tokens`] or what stands for it, and put the pools of an
+    item together again. An item within its budget stays whole; it has a [`VisualSelection`], too, if they are asked
+    for. `fsr` is the [`FSRConfig`].
     """
     features = wide = torch.cat(tokens.features)
     if tokens.companions is not None:
         wide = torch.cat([features, torch.cat(tokens.companions)], dim=-1)
     device = features.device
+    lengths = [item.length for item in items]
+    starts = starts_of(lengths).tolist()
     is_pruned = [budget < item.num_candidates for item, budget in zip(items, budgets)]
-    starts = torch.tensor([0, *(item.length for item in items)])[:-1].cumsum(0).tolist()
-    # The pools of the items that are selected from: owner, placeholders and budget of each.
-    owners, positions, pool_budgets = [], [], []
-    for number, item in enumerate(items):
+    # The pools that are selected from, in placeholders of all items, and their shares of the budgets.
+    pools, shares = list[torch.Tensor](), list[int]()
+    rows: dict[int, range] = {}  # the pools of each item
+    for number, (item, budget) in enumerate(zip(items, budgets)):
         if is_pruned[number] or return_selections:
-            owners += [number] * len(item.pools)
-            positions += item.pools
-            pool_budgets += split_budget(min(budgets[number], item.num_candidates), [len(pool) for pool in item.pools])
-    if not owners:
-        counts = [item.length for item in items]
-        return KeptTokens(_ranges(counts, device), wide, counts)
+            rows[number] = range(len(pools), len(pools) + len(item.pools))
+            pools += [pool + starts[number] for pool in item.pools]
+            shares += split_budget(min(budget, item.num_candidates), [len(pool) for pool in item.pools])
+    if not pools:
+        indices = torch.cat([torch.arange(length) for length in lengths])
+        return KeptTokens(indices.to(device, non_blocking=True), wide, lengths)
 
-    sizes = [len(pool) for pool in positions]
-    position = pad_sequence(positions, batch_first=True)  # [pools, tokens]: placeholder of its item
-    place = position + torch.tensor([starts[owner] for owner in owners])[:, None]  # placeholder of all items
-    position, place = (tensor.to(device, non_blocking=True) for tensor in (position, place))
-    width = position.shape[1]
-    if len(set(pool_budgets)) == 1 and set(sizes) == {width}:
-        mask, budget, max_budget = None, pool_budgets[0], None
+    sizes = [len(pool) for pool in pools]
+    places = pad_sequence(pools, batch_first=True).to(device, non_blocking=True)  # [pools, tokens]
+    if len(set(shares)) == 1 and set(sizes) == {places.shape[1]}:
+        mask, budget, max_budget = None, shares[0], None
     else:
-        mask = torch.arange(width, device=device) < torch.tensor(sizes).to(device, non_blocking=True)[:, None]
-        budget, max_budget = torch.tensor(pool_budgets).to(device, non_blocking=True), max(pool_budgets)
+        limits = torch.tensor(sizes).to(device, non_blocking=True)[:, None]
+        mask = torch.arange(places.shape[1], device=device) < limits
+        budget, max_budget = torch.tensor(shares).to(device, non_blocking=True), max(shares)
     selection = selector(
-        features[place],
-        tokens.saliency.to(device)[place],
-        None if tokens.relevance is None else tokens.relevance.to(device)[place],
+        features[places],
+        tokens.saliency.to(device)[places],
+        None if tokens.relevance is None else tokens.relevance.to(device)[places],
         budget,
         mask=mask,
-        alpha=fsr.alpha,
-        beta=fsr.beta,
-        rho=fsr.rho,
-        focus_limit=fsr.focus_limit,
-        kappa=fsr.kappa,
-        focus_mass=fsr.focus_mass,
         max_num_visual_tokens=max_budget,
+        **{name: getattr(fsr, name) for name in ("alpha", "beta", "rho", "focus_limit", "kappa", "focus_mass")},
     )
-
-    # Kept tokens as slots of the flattened selection, known on the host; then those of items within their budget.
-    slots = torch.cat([torch.arange(n) + pool * selection.indices.shape[1] for pool, n in enumerate(pool_budgets)])
-    slots = slots.to(device, non_blocking=True)
-    kept_position = position.gather(1, selection.indices.clamp(min=0)).flatten()[slots]
-    kept_features = selection.features
+    kept_features = selection.features  # [pools, width, D]
     if tokens.companions is not None:
-        companions = refine_like(selection, wide[:, features.shape[-1] :][place], fsr.kappa)
+        companions = refine_like(selection, wide[:, features.shape[-1] :][places], fsr.kappa)
         kept_features = torch.cat([kept_features, companions], dim=-1)
-    kept_features = kept_features.flatten(0, 1)[slots]
-    slot_owners = torch.tensor(owners).repeat_interleave(torch.tensor(pool_budgets))
+    kept_places = places.gather(1, selection.indices.clamp(min=0))
+
+    # How many tokens of a pool are kept is known on the host. Those of an item are then put in its order.
+    all_places, all_features, counts = [], [], []
+    for number, length in enumerate(lengths):
+        if is_pruned[number]:
+            all_places += [kept_places[row, : shares[row]] for row in rows[number]]
+            all_features += [kept_features[row, : shares[row]] for row in rows[number]]
+        else:
+            end = starts[number] + length
+            all_places.append(torch.arange(starts[number], end, device=device))
+            all_features.append(wide[starts[number] : end].to(kept_features.dtype))
+        counts.append(budgets[number] if is_pruned[number] else length)
+    place = torch.cat(all_places)
+    order = place.argsort()
+    first = torch.tensor(starts).repeat_interleave(torch.tensor(counts)).to(device, non_blocking=True)
     selections = None
     if return_selections:
         selections = [
-            _item_selection(selection, position, owners, sizes, slot_owners, slots, kept_position, number, item)
-            for number, item in enumerate(items)
+            _item_selection(selection, places - start, kept_places - start, sizes, shares, rows[number], item)
+            for number, (item, start) in enumerate(zip(items, starts))
         ]
-        in_pruned = torch.tensor(is_pruned)[slot_owners]
-        chosen = in_pruned.nonzero()[:, 0].to(device, non_blocking=True)
-        kept_position, kept_features, slot_owners = (
-            kept_position[chosen],
-            kept_features[chosen],
-            slot_owners[in_pruned],
-        )
-    whole = [item.length if not pruned else 0 for item, pruned in zip(items, is_pruned)]
-    counts = [item.length if not pruned else budget for item, pruned, budget in zip(items, is_pruned, budgets)]
-    all_owners = torch.cat([slot_owners, torch.arange(len(items)).repeat_interleave(torch.tensor(whole))])
-    start = torch.tensor(starts)[all_owners].to(device, non_blocking=True)
-    kept_position = torch.cat([kept_position, _ranges(whole, device)])
-    whole_places = torch.cat([torch.arange(n) + s for n, s in zip(whole, starts)]).to(device, non_blocking=True)
-    kept_features = torch.cat([kept_features, wide[whole_places].to(kept_features.dtype)])
-    order = (kept_position + start).argsort()
-    return KeptTokens(kept_position[order], kept_features[order], counts, selections)
+    return KeptTokens(place[order] - first, torch.cat(all_features)[order], counts, selections)
 
 
-def _ranges(lengths: list[int], device: torch.device) -> torch.Tensor:
-    return torch.cat([torch.arange(length) for length in lengths]).to(device, non_blocking=True)
-
-
-def _item_selection(
-    selection, position, owners, sizes, slot_owners, slots, kept_position, number, item
-) -> VisualSelection:
-    """The [`VisualSelection`] of one image or video, in placeholders of the item."""
-    device = position.device
-    members = (slot_owners == number).nonzero()[:, 0].to(device, non_blocking=True)
-    order = members[kept_position[members].argsort()]
-    priority = torch.zeros(item.length, device=device)
-    merged_into = torch.full((item.length,), -1, device=device)
-    for pool, owner in enumerate(owners):
-        if owner == number:
-            own = position[pool, : sizes[pool]]
-            anchor = selection.merged_into[pool, : sizes[pool]]
-            priority[own] = selection.priority[pool, : sizes[pool]]
-            merged_into[own] = position[pool, anchor.clamp(min=0)].where(anchor >= 0, -1)
-    return VisualSelection(
-        indices=kept_position[order],
-        is_focus=selection.is_focus.flatten()[slots[order]],
-        features=selection.features.flatten(0, 1)[slots[order]],
-        priority=priority,
-        merged_into=merged_into,
-        grid=item.grid,
-        modality=item.modality,
-        row=item.row,
+def _item_selection(selection, places, kept_places, sizes, shares, rows, item) -> VisualSelection:
+    """The [`VisualSelection`] of one image or video, whose pools are `rows`, in placeholders of the item."""
+    order = torch.cat([kept_places[row, : shares[row]] for row in rows]).argsort()
+    indices, is_focus, features = (
+        torch.cat([values[row, : shares[row]] for row in rows])[order]
+        for values in (kept_places, selection.is_focus, selection.features)
     )
+    priority = torch.zeros(item.length, device=places.device)
+    merged_into = torch.full((item.length,), -1, device=places.device)
+    for row in rows:
+        own, anchor = places[row, : sizes[row]], selection.merged_into[row, : sizes[row]]
+        priority[own] = selection.priority[row, : sizes[row]]
+        merged_into[own] = own[anchor.clamp(min=0)].where(anchor >= 0, -1)
+    return VisualSelection(indices, is_focus, features, priority, merged_into, item.grid, item.modality, item.row)

@@ -10,7 +10,6 @@ from transformers.vision_utils import get_vision_position_ids
 from .compression import FSRModelMixin
 from .guards import cache_length, get_cache
 from .offload import sharded_params_gathered
-from .pools import VisualTokens
 from .prompt import VisualItem
 from .saliency import attention_received
 
@@ -45,8 +44,6 @@ class QwenVLMixin(FSRModelMixin):
                     if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
                         del module._forward_hooks[number]
         return dict(self.__dict__)
-
-    # ------------------------------------------------------------------ images and videos of a prompt
 
     def build_items(self, **visual: Any) -> list[VisualItem]:
         merge, by_view = self.config.vision_config.spatial_merge_size, self.config.fsr_config.pool == "view"
@@ -93,14 +90,12 @@ class QwenVLMixin(FSRModelMixin):
                 f"`{pixels_name}` need `{grid_name}`, time, height and width in patches of each {modality} in a "
                 f"tensor of shape ({modality}s, 3), but it is {found}. Pass all that the processor returns."
             )
-        grids = grid.tolist()
-        merge = self.config.vision_config.spatial_merge_size
+        grids, merge = grid.tolist(), self.config.vision_config.spatial_merge_size
         for number, (t, h, w) in enumerate(grids):
             if min(t, h, w) < 1 or h % merge or w % merge:
                 raise ValueError(
-                    f"`{grid_name}` has {[t, h, w]} for {modality} {number}: each number must be at least 1, and "
-                    f"height and width multiples of {merge}. "
-                    + ("An empty video has no tokens." if t < 1 else "Build it with the model's processor.")
+                    f"`{grid_name}` has {[t, h, w]} for {modality} {number}: each number must be at least 1, height "
+                    f"and width multiples of {merge}. An empty video has no tokens."
                 )
         patches, expected = pixels.shape[:-1].numel(), sum(t * h * w for t, h, w in grids)
         if patches != expected:
@@ -119,42 +114,23 @@ class QwenVLMixin(FSRModelMixin):
                 taken[grids] = visual[grids][numbers[modality]]
         return taken
 
-    # ------------------------------------------------------------------ tokens and scores
-
-    def encode_items(self, items: list[VisualItem], query: None, **visual: Any) -> tuple[VisualTokens, dict[str, Any]]:
-        outputs, encoded = {}, {}
-        for modality, (pixels, grids) in _INPUTS.items():
-            if any(item.modality == modality for item in items):
-                outputs[modality], saliency = self._encode(modality, visual[pixels], visual[grids])
-                runs = outputs[modality].pooler_output
-                encoded[modality] = zip(runs, saliency.split([len(run) for run in runs]))
-        features, saliency = zip(*(next(encoded[item.modality]) for item in items))
-        return VisualTokens(list(features), torch.cat(saliency)), outputs
-
-    def _encode(self, modality: str, pixels: torch.Tensor, grid: torch.Tensor) -> tuple[Any, torch.Tensor]:
-        """The stock output of a modality, and the saliency of its tokens, `(tokens,)`."""
+    def encode(self, modality: str, **visual: Any):
         get_features = self.get_image_features if modality == "image" else self.get_video_features
-        last = self.config.vision_config.depth - 1
+        pixels, grid = (visual[name] for name in _INPUTS[modality])
+        grid, last = grid.to(pixels.device), self.config.vision_config.depth - 1
         # Hidden state k is the input of block k: the one before the last is the input of the last block.
-        states = [last - 1, last]
-        grid = grid.to(pixels.device)
-        outputs: Any = get_features(pixels, grid, output_hidden_states=states, return_dict=True)
-        return outputs, self.saliency(outputs.hidden_states[-2], grid).to(outputs.pooler_output[0].device)
+        outputs: Any = get_features(pixels, grid, output_hidden_states=[last - 1, last], return_dict=True)
+        runs = outputs.pooler_output
+        saliency = self.saliency(outputs.hidden_states[-2], grid).to(runs[0].device)
+        return outputs, runs, saliency.split([len(run) for run in runs])
 
     @torch.no_grad()
     def saliency(self, hidden_states: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """
         Attention received by each token in the last block (Eq. 1): the mean over heads, over the queries of the same
-        image or slice of a video, and over the patches of the token.
-
-        Args:
-            hidden_states (`torch.FloatTensor` of shape `(patches, vision_hidden_size)`):
-                The input of the block: the patches of a token stand together.
-            grid (`torch.LongTensor` of shape `(items, 3)`):
-                Time, height and width of each image (or video) in patches.
-
-        Returns:
-            `torch.FloatTensor` of shape `(tokens,)`, float32, in the order of the merger's output.
+        image or slice of a video, and over the patches of the token. Takes the input of the block, `(patches,
+        vision_hidden_size)`, where the patches of a token stand together, and time, height and width of each item in
+        patches, `(items, 3)`. Returns `(tokens,)`, float32, in the order of the merger's output.
         """
         tower: Any = self.visual
         block, unit = tower.blocks[-1], tower.spatial_merge_size**2
@@ -174,13 +150,8 @@ class QwenVLMixin(FSRModelMixin):
         return torch.empty_like(received).index_copy(0, order.to(received.device), received)
 
     def block_order(self, grid: torch.Tensor) -> torch.Tensor | None:
-        """
-        Which token of the merger's output each token of the blocks is, `(tokens,)`, in a tower that reorders them. It
-        must not move a token into another slice.
-        """
+        """Which token of the merger's output each of the blocks' is, `(tokens,)`, if they reorder within slices."""
         return None
-
-    # ------------------------------------------------------------------ positions
 
     def _forward_stock(self, **inputs):
         # The stock class keeps the offset from entries of the cache to positions on the model, where an earlier call,

@@ -9,19 +9,19 @@ from .offload import sharded_params_gathered
 from .precision import without_autocast
 
 
-__all__ = ["CLIPRelevance", "TextEncoderMixin"]
+__all__ = ["NO_TEXT_ENCODER", "CLIPRelevance", "TextEncoderMixin"]
+
+NO_TEXT_ENCODER = (
+    '`fsr_config.relevance="clip"` needs a CLIP text encoder, and this model has none: set it to "none". (A LLaVA-1.5 '
+    "or "
+    "LLaVA-NeXT is exported with one by `text_encoder=`.)"
+)
 
 
 class CLIPRelevance(nn.Module):
     """
-    The text side of the CLIP that a vision tower came from, and both projections into their joint space. It is frozen:
-    it stays in eval mode, its parameters never require a gradient, and it runs without autograd.
-
-    Args:
-        config (`CLIPTextConfig`):
-            The text tower; `projection_dim` is the width of the joint space.
-        vision_hidden_size (`int`):
-            Width of the vision tower.
+    The text side of the CLIP that a vision tower of this width came from, and both projections into their joint space.
+    It is frozen: it stays in eval mode, its parameters never require a gradient, and it runs without autograd.
     """
 
     def __init__(self, config: CLIPTextConfig, vision_hidden_size: int):
@@ -43,15 +43,9 @@ class CLIPRelevance(nn.Module):
     @torch.no_grad()
     def encode_query(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor) -> torch.Tensor:
         """
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, chunks * 77)`):
-                The question in chunks of the text tower's length, each with its own BOS and EOS.
-            attention_mask (`torch.LongTensor` of shape `(batch, chunks * 77)`):
-                A chunk whose mask is 0 throughout is skipped, wherever it stands.
-
-        Returns:
-            `torch.FloatTensor` of shape `(batch, projection_dim)`, float32: the mean over chunks of unit vectors, so
-            that its product with a unit vector is the mean cosine; zeros for a row without a chunk.
+        The questions as `(batch, projection_dim)`, float32: the mean over chunks of unit vectors, so that its product
+        with a unit vector is the mean cosine; zeros for a row without a chunk. The ids `(batch, chunks * 77)` are
+        chunks of the text tower's length, each with its own BOS and EOS; one whose mask is 0 throughout is skipped.
         """
         chunks = input_ids.unflatten(1, (-1, self.chunk_length))  # [B, chunks, 77]
         is_real = attention_mask.unflatten(1, (-1, self.chunk_length)).any(-1, keepdim=True)  # [B, chunks, 1]
@@ -64,15 +58,9 @@ class CLIPRelevance(nn.Module):
     @torch.no_grad()
     def forward(self, patches: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """
-        Args:
-            patches (`torch.FloatTensor` of shape `(batch, num_patches, vision_hidden_size)`):
-                Patches of the vision tower after its `post_layernorm`.
-            query (`torch.FloatTensor` of shape `(batch, projection_dim)`):
-                What [`~CLIPRelevance.encode_query`] returns, one row for each image.
-
-        Returns:
-            `torch.FloatTensor` of shape `(batch, num_patches)`, float32: the cosine of each patch and the question
-            (Eq. 2), not inverted.
+        The cosine of each patch and the question (Eq. 2), not inverted: `(batch, num_patches)`, float32. The patches
+        `(batch, num_patches, vision_hidden_size)` come from the vision tower's `post_layernorm`, `query`, a row for
+        each image, from [`~CLIPRelevance.encode_query`].
         """
         embeds = self.embed_patches(patches)
         with without_autocast(embeds.device):
@@ -94,10 +82,9 @@ class TextEncoderMixin(PreTrainedModel):
         lost = [key for key in lost if "text_encoder." in key]
         if lost:
             raise ValueError(
-                f"The checkpoint lacks {len(lost)} weights of the CLIP text encoder that "
-                f"`fsr_config.text_encoder_config` describes, or has them in another shape ({lost[0]}, ...): "
-                "relevance would be random. Export it with `text_encoder=`, or load with "
-                '`fsr_config={"text_encoder_config": None}`.'
+                f"The checkpoint lacks {len(lost)} weights of the CLIP text encoder of its config, or has them in "
+                f"another shape ({lost[0]}, ...): relevance would be random. Export it with `text_encoder=`, or load "
+                'it with `fsr_config={"text_encoder_config": None}`.'
             )
         return (model, info) if output_loading_info else model
 

@@ -38,19 +38,9 @@ _NEAR = {"retention": "retention_ratio", "budget": "num_visual_tokens", "enabled
 def adopt_signature(cls: type, name: str, intro: str, own: dict[str, str], docs: str = "") -> None:
     """
     Give `cls` its own copy of the mixin's method `name`, with the signature of the stock class: what reads
-    signatures (Trainer's choice of columns, the checks of `generate`, `help`) finds the stock arguments and FSR's.
-
-    Args:
-        cls (`type`):
-            A family's class. Nothing happens where no stock class stands behind the mixin.
-        name (`str`):
-            The method.
-        intro (`str`):
-            First paragraph of its docstring.
-        own (`dict[str, str]`):
-            Arguments that the stock method has not, and their types.
-        docs (`str`, *optional*):
-            Docstring of those that are not FSR's common ones.
+    signatures (Trainer's choice of columns, the checks of `generate`, `help`) finds the stock arguments and FSR's,
+    `own` with their types. `intro` and `docs` are the docstring, less the docs of FSR's common arguments. Nothing
+    happens where no stock class stands behind the mixin.
     """
     method = getattr(cls, name)
     stock_class = next((c for c in cls.__mro__ if c.__module__.startswith("transformers.") and name in vars(c)), None)
@@ -79,15 +69,8 @@ def adopt_signature(cls: type, name: str, intro: str, own: dict[str, str], docs:
 
 
 def check_arguments(kwargs: dict[str, Any]) -> None:
-    """
-    Reject misspelt FSR arguments (the stock `forward` swallows them) and settings that a call cannot change.
-
-    Raises:
-        ValueError: naming the argument, and what is meant or where it belongs.
-    """
-    for name in kwargs:
-        if name in FSR_ARGUMENTS:
-            continue
+    """Reject misspelt FSR arguments (the stock `forward` swallows them) and settings that a call cannot change."""
+    for name in kwargs.keys() - FSR_ARGUMENTS.keys():
         if name in _NO_ARGUMENTS:
             raise ValueError(f"`{name}` is no argument of a call: set `model.config.fsr_config.{name}`.")
         meant = _NEAR.get(name) or next(iter(get_close_matches(name, FSR_ARGUMENTS, n=1, cutoff=0.8)), None)

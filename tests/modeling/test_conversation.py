@@ -14,7 +14,6 @@ from fsr_hf.modeling.conversation import (
     continue_positions,
     forget,
     get_conversation,
-    is_pruned_cache,
     remember,
     remember_positions,
 )
@@ -131,14 +130,14 @@ def conversation_for(cache):
 
 def test_a_cache_as_it_was_left():
     cache = filled_cache()
-    assert get_conversation(cache) is None and not is_pruned_cache(cache)
+    assert get_conversation(cache) is None
     conversation = conversation_for(cache)
     assert conversation.length == cache.get_seq_length()
     remember(cache, conversation)
-    assert get_conversation(cache) is conversation and is_pruned_cache(cache)
+    assert get_conversation(cache) is conversation
     assert get_conversation(copy.deepcopy(cache)).input_ids.tolist() == conversation.input_ids.tolist()
     forget(cache)
-    assert get_conversation(cache) is None and not is_pruned_cache(cache)
+    assert get_conversation(cache) is None
     forget(cache)
 
 

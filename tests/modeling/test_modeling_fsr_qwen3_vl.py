@@ -118,7 +118,8 @@ def seen_by_the_language_model(model, call):
 
 def saliency_of(model, pixels, grid, modality="image"):
     with torch.no_grad():
-        return model.model._encode(modality, pixels, grid)[1]
+        names = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+        return torch.cat(model.model.encode(modality, **dict(zip(names[modality], (pixels, grid))))[2])
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

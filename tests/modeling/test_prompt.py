@@ -92,7 +92,7 @@ def test_columns_are_the_prompt_without_its_dropped_tokens(padding_side, with_sl
         new = [n for n in range(len(items)) if made.columns(n)[0] >= starts[made.row(n)]]
         conversations += is_conversation and len(new) < len(items)
         indices = torch.tensor([place for n in new for place in made.kept[n]], dtype=torch.long)
-        columns = select_columns(
+        columns, is_padded = select_columns(
             made.mask(), [items[n] for n in new], [len(made.kept[n]) for n in new], indices, starts, with_slack
         )
 
@@ -104,6 +104,7 @@ def test_columns_are_the_prompt_without_its_dropped_tokens(padding_side, with_sl
             )
         width = max(map(len, expected)) + with_slack
         assert columns.tolist() == [[-1] * (width - len(row)) + row for row in expected]
+        assert is_padded == any(len(row) < width for row in expected)
     assert conversations > 10
 
 
@@ -121,15 +122,20 @@ def start_of(rng: random.Random, row: list) -> int:
 def test_a_row_that_is_all_padding():
     mask = torch.tensor([[0, 0, 0], [0, 1, 1]])
     items = [item(1, row=1, columns=[1])]
-    assert select_columns(mask, items, [1], torch.tensor([0]), [0, 0]).tolist() == [[-1, -1], [1, 2]]
-    assert select_columns(mask[:1], [], [], torch.empty(0, dtype=torch.long), [0]).tolist() == [[-1]]
+    columns, is_padded = select_columns(mask, items, [1], torch.tensor([0]), [0, 0])
+    assert columns.tolist() == [[-1, -1], [1, 2]] and is_padded is True
+    columns, is_padded = select_columns(mask[:1], [], [], torch.empty(0, dtype=torch.long), [0])
+    assert columns.tolist() == [[-1]] and is_padded is True
 
 
 def test_a_masked_item_stays():
     """Its kept tokens have columns, whose mask is 0 as before; and so have words between padding."""
     mask = torch.tensor([[0, 0, 1, 0, 1, 0]])
     items = [item(2, row=0, columns=[0, 1])]
-    assert select_columns(mask, items, [1], torch.tensor([1]), [0]).tolist() == [[1, 2, 3, 4]]
+    columns, is_padded = select_columns(mask, items, [1], torch.tensor([1]), [0])
+    assert columns.tolist() == [[1, 2, 3, 4]] and is_padded is True
+    mask[0, 3] = 1
+    assert select_columns(mask, items, [1], torch.tensor([1]), [0])[1] is False
 
 
 @pytest.mark.parametrize(
