@@ -57,7 +57,7 @@ def test_code_that_is_wrong(folder, tmp_path):
     code = (broken / "compression.py").read_text()
     wrong = code.replace("carry_states(outputs.last_hidden_state", "torch.neg(outputs.last_hidden_state", 1)
     assert wrong != code
-    wrong = wrong.replace(", prompt.columns, length)", ")", 1)
+    wrong = wrong.replace(", prompt.columns, input_ids.shape[1])", ")", 1)
     (broken / "compression.py").write_text(wrong)
     assert any("`forward()`" in difference for difference in check_run(broken))
     assert not any("forward" in difference for difference in verify(broken, run=True))  # it is not run at all
