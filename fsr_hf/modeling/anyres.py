@@ -9,7 +9,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from .prompt import VisualItem
 
 
-__all__ = ["count_views", "image_items", "list_sizes", "make_item", "tiles_of"]
+__all__ = ["count_views", "image_items", "list_sizes", "make_item", "take_views", "tiles_of"]
 
 
 def list_sizes(image_sizes) -> list[list[int]]:
@@ -34,6 +34,14 @@ def tiles_of(image_sizes, config: Any) -> list[tuple[int, int]]:
 def count_views(tiles: list[tuple[int, int]]) -> list[int]:
     """Views of each image that the tower sees: the base view and the tiles."""
     return [1 + rows * columns for rows, columns in tiles]
+
+
+def take_views(pixel_values: torch.Tensor, num_views: list[int], images: list[int]) -> torch.Tensor:
+    """The pixels of some images: `(images, views, ...)`, or all views in one `(views, ...)`."""
+    if pixel_values.ndim == 5:
+        return pixel_values[images]
+    parts = pixel_values.split(num_views)
+    return torch.cat([parts[image] for image in images])
 
 
 def image_items(pixel_values: torch.Tensor, tiles: list[tuple[int, int]], pack: Callable, config: Any):

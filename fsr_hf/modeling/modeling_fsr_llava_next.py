@@ -7,7 +7,7 @@ from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
 
 from ..configuration.configuration_fsr_llava_next import FSRLlavaNextConfig
 from ..configuration.remote_code import RemoteCodeMixin
-from .anyres import count_views, image_items, list_sizes, tiles_of
+from .anyres import count_views, image_items, list_sizes, take_views, tiles_of
 from .checkpoint_keys import register_stock_keys
 from .clip_tower import CLIPTowerMixin, resolve_clip_layer
 from .generation import FSRGenerationMixin
@@ -39,12 +39,8 @@ class FSRLlavaNextModel(CLIPTowerMixin, LlavaNextModel):
         return image_items(pixel_values, tiles_of(image_sizes, self.config), pack, self.config)
 
     def take_items(self, numbers: dict[str, list[int]], **visual: Any) -> dict[str, Any]:
-        views, sizes, images = visual["pixel_values"], list_sizes(visual["image_sizes"]), numbers["image"]
-        if views.ndim == 4:  # the views of all images in one
-            parts = views.split(count_views(tiles_of(sizes, self.config)))
-            views = torch.cat([parts[number] for number in images])
-        else:
-            views = views[images]
+        sizes, images = list_sizes(visual["image_sizes"]), numbers["image"]
+        views = take_views(visual["pixel_values"], count_views(tiles_of(sizes, self.config)), images)
         return visual | {"pixel_values": views, "image_sizes": [sizes[number] for number in images]}
 
     def encode_items(self, items, query, pixel_values, image_sizes, **choice):

@@ -8,7 +8,7 @@ from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
 from vllm.model_executor.models.llava_next import LlavaNextMultiModalProcessor, LlavaNextProcessingInfo
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from ..modeling.anyres import list_sizes
+from ..modeling.anyres import count_views, tiles_of
 from .vllm_model import FSRServedModel
 from .vllm_processing import FSRInfoMixin, FSRMultiModalProcessorMixin
 
@@ -30,7 +30,7 @@ class FSRLlavaNextProcessingInfo(FSRInfoMixin, LlavaNextProcessingInfo):
 class FSRLlavaNextMultiModalProcessor(FSRMultiModalProcessorMixin, LlavaNextMultiModalProcessor):
     def split_pixels(self, data: Any) -> None:
         # The processor pads images with few views to the most views of a call.
-        numbers = self.inner._num_views(list_sizes(data["image_sizes"]))
+        numbers = count_views(tiles_of(data["image_sizes"], self.inner.config))
         data["pixel_values"] = [views[:number] for views, number in zip(data["pixel_values"], numbers)]
 
     def join_visual(self, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from vllm.model_executor.models.llava_onevision import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from ..modeling.anyres import list_sizes, take_views
+from ..modeling.anyres import count_views, list_sizes, take_views, tiles_of
 from .vllm_llava_next import join_views
 from .vllm_model import FSRServedModel
 from .vllm_processing import FSRInfoMixin, FSRMultiModalProcessorMixin
@@ -31,7 +31,7 @@ def _join_visual(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _num_views(inner: Any, image_sizes: Any) -> list[int]:
-    return [1 + rows * columns for rows, columns in inner._tiles(image_sizes)]
+    return count_views(tiles_of(image_sizes, inner.config))
 
 
 def _take_items(inner: Any, numbers: dict[str, list[int]], visual: dict[str, Any]) -> dict[str, Any]:
