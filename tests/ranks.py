@@ -97,7 +97,7 @@ def shard_fully(family, rows, fsr_config, _) -> dict[str, Any]:
     model, batch = build(family, fsr_config), batch_of(family, rows[distributed.get_rank()])
     mesh = init_device_mesh("cpu", (RANKS,))
     for module in list(model.modules()):
-        if type(module).__name__.endswith(("EncoderLayer", "DecoderLayer", "VisionBlock")):
+        if type(module).__name__ in model._no_split_modules:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "generate")

@@ -20,7 +20,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
     *(
         ROOT / f"docs/{name}.md"
-        for name in ("demo", "families", "fine-tuning", "limits", "mechanism", "paper", "publishing")
+        for name in ("demo", "families", "limits", "mechanism", "paper", "publishing", "training")
     ),
 ]
 MODELS = {"org/llava-1.5-7b-fsr": "fsr_llava", "org/llava-video-7b-fsr": "fsr_llava_video"}
@@ -69,11 +69,14 @@ def test_families(run_blocks):
     assert len(namespace["frames"]) == 5  # two a second
 
 
-def test_fine_tuning(run_blocks, readme):
-    namespace = run_blocks("docs/fine-tuning.md", readme)
+def test_training(run_blocks, readme):
+    pytest.importorskip("trl")
+    namespace = run_blocks("docs/training.md", readme)
     assert namespace["loss"].isfinite()
     trained = {name for name, p in namespace["peft_model"].named_parameters() if "lora" in name}
     assert trained and all(".language_model." in name for name in trained)
+    assert "query_input_ids" not in namespace["processor"](text="USER: a ASSISTANT:")  # the last block binds it
+    assert namespace["trainer"].state.global_step == 1
 
 
 def test_mechanism(run_blocks, readme):
