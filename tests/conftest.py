@@ -38,6 +38,7 @@ ONCE = (
     "test_explain.py",
     "test_full_size.py",
     "test_package.py",
+    "test_quickstart.py",
     "test_shapes_vqa.py",
     "test_web.py",
 )
