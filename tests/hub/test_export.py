@@ -98,8 +98,10 @@ def test_clean_process_computes_what_the_installed_package_does(checkpoints, gen
 @in_one_worker
 def test_generations_stay_equal(generations):
     (first, first_report), (second, second_report), (third, _) = generations
-    for key in ("digest", "logits", "tokens", "pipeline", "missing", "classes"):
+    for key in ("digest", "tokens", "pipeline", "missing", "classes"):
         assert first_report[key] == second_report[key]
+    # The same weights, but their places in memory may differ, and with them the last digit of a sum.
+    assert first_report["logits"] == pytest.approx(second_report["logits"], rel=1e-5, abs=1e-6)
     assert python_files(first) == python_files(second / "whole") == python_files(third / "whole") != {}
     for part in ("whole", "config_only", "processor_only"):
         assert python_files(first) == python_files(second / part) == python_files(third / part)
