@@ -39,6 +39,7 @@ from benchmarks.selectors import (
     divprune,
     fastervlm,
     fsr,
+    fsr_evenly,
     fsr_in_space,
     holov,
     idpruner,
@@ -63,6 +64,8 @@ BUDGETS = ("1/3", "2/9", "1/9", "1/18")
 POSITIONS = ("compact", "original")
 # A kind of question that the model itself does not answer is no measure of what pruning costs.
 LEAST_ACCURACY = 0.6
+# It names no thing, so what it has in common with a question says nothing of what is asked about.
+NEUTRAL_QUESTION = "What is in the picture?"
 
 
 # Share of the distance on the grid where a method is tried with it.
@@ -76,6 +79,12 @@ def _in_space(select: Callable[..., Kept]) -> Callable[..., Kept]:
         return select(features, saliency, relevance, num_kept, distances=mixed_distances(features, grid, _SPACE))
 
     return select_in_space
+
+
+def _visionzip_by_priority(features, saliency, relevance, num_kept: int, *, keys) -> Kept:
+    """A peer that ranks by saliency, given the priority of [`fsr_evenly`] in its place."""
+    priority = _priority(saliency, relevance, alpha=1.0, beta=1.0)
+    return visionzip(features, priority, relevance, num_kept, keys=keys)
 
 
 def _fsr_without_scan(features, saliency, relevance, num_kept: int, **settings) -> Kept:
@@ -102,6 +111,8 @@ class Method:
             Whether it works on the features of the vision tower; what it keeps then goes through the projector.
         inverted (`bool`):
             Whether relevance is the cosine of question and patch times -1.
+        by_values (`bool`):
+            Whether relevance is `smooth_contrast` of a [`Batch`] instead: a trial, not part of the package.
         needs (`tuple[str, ...]`):
             What else it takes: `"generator"`, `"grid"` or `"keys"`.
         settings (`dict`, *optional*):
@@ -112,6 +123,7 @@ class Method:
     select: Callable[..., Kept]
     before_projector: bool = False
     inverted: bool = True
+    by_values: bool = False
     needs: tuple[str, ...] = ()
     settings: dict[str, Any] | None = None
 
@@ -141,6 +153,15 @@ METHODS = {
     "idpruner-space": Method("IDPruner", _in_space(idpruner), needs=("grid",)),
     "scope-space": Method("SCOPE", _in_space(scope), before_projector=True, needs=("grid",)),
     "fsr-space": Method("FSR", fsr_in_space, inverted=_INVERTED, needs=("grid",), settings={"scan_space": _SPACE}),
+    "visionzip-values": Method(
+        "VisionZip, relevance by values",
+        _visionzip_by_priority,
+        before_projector=True,
+        by_values=True,
+        needs=("keys",),
+    ),
+    "cdpruner-values": Method("CDPruner, relevance by values", cdpruner, by_values=True),
+    "fsr-values": Method("FSR, the trial", fsr_evenly, by_values=True),
     "fsr": Method("FSR", fsr, inverted=_INVERTED, settings={}),
     "fsr-paper": Method("FSR, the literal formulas", fsr, inverted=False, settings={"focus_limit": 1.0}),
     "fsr-other-sign": Method(_OTHER_SIGN, fsr, inverted=not _INVERTED, settings={}),
@@ -184,6 +205,14 @@ class Batch:
             Eq. 2, not inverted.
         name_cosine (`torch.FloatTensor` of shape `(batch, num_tokens)`):
             The same for the name of the object in question, such as "a red star"; of no meaning without one.
+        value_cosine (`torch.FloatTensor` of shape `(batch, num_tokens)`):
+            Eq. 2 of the question and what a patch hands to [CLS] in the last block: its value, through the output
+            projection. The contrastive loss trained CLIP on [CLS] alone, so this is the one way on which a patch was
+            ever compared with text.
+        value_contrast (`torch.FloatTensor` of shape `(batch, num_tokens)`):
+            `value_cosine`, less that of a question about nothing in particular, `NEUTRAL_QUESTION`.
+        smooth_contrast (`torch.FloatTensor` of shape `(batch, num_tokens)`):
+            The mean of `value_contrast` over the 3 x 3 patches around each, at the border over those that exist.
         on_object (`torch.BoolTensor` of shape `(batch, num_tokens)`):
             Patches of the object in question; none without one.
         on_other (`torch.BoolTensor` of shape `(batch, num_tokens)`):
@@ -202,6 +231,9 @@ class Batch:
     saliency: torch.Tensor
     cosine: torch.Tensor
     name_cosine: torch.Tensor
+    value_cosine: torch.Tensor
+    value_contrast: torch.Tensor
+    smooth_contrast: torch.Tensor
     on_object: torch.Tensor
     on_other: torch.Tensor
     grid: tuple[int, int]
@@ -256,8 +288,14 @@ def encode(model, processor, examples: Sequence[Example]) -> Batch:
     keys = attention.k_proj(tower.encoder.layers[layer - 1].layer_norm1(outputs.hidden_states[layer - 1][:, 1:]))
     objects = [None if asked.target is None else scene.objects[asked.target] for scene, asked in examples]
     names = ["" if item is None else f"a {item.color} {item.shape}" for item in objects]
-    named = processor.tokenize_queries(names)
+    named = processor.tokenize_queries([*names, NEUTRAL_QUESTION])
     name = text_encoder.encode_query(*(torch.tensor(ids, device=model.device) for ids in named.values()))
+    name, neutral = name[:-1], name[-1:].expand_as(question)
+    states = outputs.hidden_states[num_layers - 1][:, 1:]
+    last = tower.encoder.layers[-1]
+    values = tower.post_layernorm(last.self_attn.out_proj(last.self_attn.v_proj(last.layer_norm1(states))))
+    value_cosine = text_encoder(values, question)
+    value_contrast = value_cosine - text_encoder(values, neutral)
     size = tower.config.image_size // tower.config.patch_size
     patch_size = tower.config.patch_size
     on_object = object_patches([None if item is None else item.box for item in objects], size, patch_size)
@@ -281,7 +319,12 @@ def encode(model, processor, examples: Sequence[Example]) -> Batch:
         keys=keys.unflatten(-1, (attention.num_heads, -1)).mean(-2),
         saliency=saliency,
         cosine=-relevance if model.config.fsr_config.invert_relevance else relevance,
-        name_cosine=text_encoder(tower.post_layernorm(outputs.hidden_states[num_layers - 1][:, 1:]), name),
+        name_cosine=text_encoder(tower.post_layernorm(states), name),
+        value_cosine=value_cosine,
+        value_contrast=value_contrast,
+        smooth_contrast=torch.nn.functional.avg_pool2d(
+            value_contrast.float().unflatten(1, (1, size, size)), 3, stride=1, padding=1, count_include_pad=False
+        ).flatten(1),
         on_object=on_object.to(model.device),
         on_other=(on_other & ~on_object).to(model.device),
         grid=(size, size),
@@ -333,6 +376,7 @@ def select(model, method: Method, batch: Batch, num_kept: int, generator: torch.
         extra |= _DEFAULTS | method.settings
     features = batch.patches if method.before_projector else batch.tokens
     relevance = -batch.cosine if method.inverted else batch.cosine
+    relevance = batch.smooth_contrast if method.by_values else relevance
     kept, indices = method.select(features, batch.saliency, relevance, num_kept, **extra)
     return model.model.multi_modal_projector(kept) if method.before_projector else kept, indices
 
@@ -521,6 +565,9 @@ def _object_scores(batch: Batch) -> dict[str, torch.Tensor]:
     return {
         "question": batch.cosine,
         "name": batch.name_cosine,
+        "values": batch.value_cosine,
+        "contrast": batch.value_contrast,
+        "smooth": batch.smooth_contrast,
         "saliency": batch.saliency,
         "priority-inverted": _priority(batch.saliency, -batch.cosine, **_DEFAULTS),
         "priority": _priority(batch.saliency, batch.cosine, **_DEFAULTS),

@@ -1,8 +1,8 @@
 """
-The tables and the plot of docs/quality.md, from the JSON of two runs: of the model that ships, and of the same model
-before the last stage of its training, which has seen whole pictures only.
+The tables and the plot of docs/quality.md, from the JSON of three runs: of the model that ships, of the same model
+before the last stage of its training, which has seen whole pictures only, and of the trial of relevance by values.
 
-    python -m benchmarks.quality_page [RESULTS.json EARLIER.json]
+    python -m benchmarks.quality_page [RESULTS.json EARLIER.json VALUES.json]
 """
 
 import argparse
@@ -21,24 +21,29 @@ __all__ = ["BLOCKS", "EARLIER_BLOCKS", "draw_plot", "main", "write_page"]
 
 DOCS = Path(__file__).parents[1] / "docs"
 EARLIER_RESULTS = Path(__file__).parent / "results" / "quality-earlier.json"
+VALUES_RESULTS = Path(__file__).parent / "results" / "quality-values.json"
 
 # Of one method at one budget.
 Row = dict[str, Any]
 
 
-def write_page(result: dict[str, Any], earlier: dict[str, Any], page: Path = DOCS / "quality.md") -> None:
+def write_page(
+    result: dict[str, Any], earlier: dict[str, Any], values: dict[str, Any], page: Path = DOCS / "quality.md"
+) -> None:
     """
     Write the generated parts of the page, and the plot beside it.
 
     Args:
         result: the run with the model that ships.
         earlier: the run with the model that has seen whole pictures only.
+        values: the run of the trial of relevance by values, with the model that ships.
 
     Raises:
         `ValueError`: if the page lacks a block, or has one that nothing fills.
     """
     blocks: dict[str, Callable[[], str]] = {name: partial(make, result) for name, make in BLOCKS.items()}
     blocks |= {f"earlier-{name}": partial(BLOCKS[name], earlier) for name in EARLIER_BLOCKS}
+    blocks |= {name: partial(make, values) for name, make in VALUES_BLOCKS.items()}
     text = fill(page.read_text(encoding="utf-8"), blocks)
     draw_plot(result, page.with_suffix(".webp"))
     page.write_text(text, encoding="utf-8")
@@ -172,10 +177,24 @@ def _recall(result) -> str:
     return _by_budget(result, names, lambda row: _percent(row.get("object_recall")))
 
 
+def _values(result) -> str:
+    """Accuracy of the trial and of the peers, and how far it is from that of FSR's defaults."""
+
+    def cell(row):
+        text = f"{row['accuracy']:.1%}"
+        return text if row["method"] == "fsr" else f"{text} ({_difference(row)})"
+
+    setup = f"{len(result['seeds'])} × {result['questions']:,} questions, the same as above, with original positions."
+    return f"{setup}\n\n{_by_budget(result, _names(result), cell)}"
+
+
 def _sign(result) -> str:
     words = {
         "question": "cosine to the question",
         "name": 'cosine to the object\'s name ("a red star")',
+        "values": "cosine to the question, by values",
+        "contrast": "the same, less that to a neutral question",
+        "smooth": "the same, a mean over 3 × 3 patches",
         "saliency": "saliency ([CLS] attention)",
         "priority": "priority with the cosine as it is (the paper's formula)",
         "priority-inverted": "priority with the cosine inverted",
@@ -215,12 +234,12 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "against-fsr": _against_fsr,
     "space": _space,
     "kinds": _kinds,
-    "sign": _sign,
     "pairs": _pairs,
     "ablations": _ablations,
     "focus": _focus,
     "recall": _recall,
 }
+VALUES_BLOCKS = {"sign": _sign, "values": _values}
 # Those that the page has for both models.
 EARLIER_BLOCKS = ("setup", "accuracy", "retained", "positions", "against-fsr")
 
@@ -235,7 +254,9 @@ def _names(result) -> list[str]:
 
 
 def _peers(result) -> list[str]:
-    return [name for name in _names(result) if not name.startswith("fsr-") and not name.endswith("-space")]
+    return [
+        name for name in _names(result) if not name.startswith("fsr-") and not name.endswith(("-space", "-values"))
+    ]
 
 
 def _names_of_table(result) -> list[str]:
@@ -342,8 +363,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality_page", description=__doc__)
     parser.add_argument("results", nargs="?", type=Path, default=DOCS / "quality.json")
     parser.add_argument("earlier", nargs="?", type=Path, default=EARLIER_RESULTS)
+    parser.add_argument("values", nargs="?", type=Path, default=VALUES_RESULTS)
     options = parser.parse_args(arguments)
-    files = (options.results, options.earlier)
+    files = (options.results, options.earlier, options.values)
     for file in files:
         if not file.is_file():
             parser.error(f"{file} is no file: give the JSON that `python -m benchmarks.quality` has written.")

@@ -29,6 +29,7 @@ __all__ = [
     "divprune",
     "fastervlm",
     "fsr",
+    "fsr_evenly",
     "fsr_in_space",
     "holov",
     "idpruner",
@@ -72,6 +73,47 @@ def fsr_in_space(
         kept = kept.scatter(1, chosen, has_room | kept.gather(1, chosen))
         nearest = torch.minimum(nearest, _take(distances, chosen)[:, 0]).scatter_(1, chosen, -torch.inf)
     return _keep(features, kept.nonzero()[:, 1].view(len(kept), num_kept))
+
+
+def fsr_evenly(
+    features, saliency, relevance, num_kept: int, *, focus_share: float = 0.25, saliency_weight: float = 0.5
+) -> Kept:
+    """
+    A trial, not part of the package. It has FSR's three steps, and each differs:
+
+    - Focus keeps the share `focus_share` of the budget, by the priority with both exponents 1.
+    - Scan adds the token with the highest `saliency_weight * saliency + (1 - saliency_weight) * distance`, where
+      distance is that to the nearest kept token, by cosines; both are scaled to [0, 1] in each picture. The last
+      `num_kept ** 2 // num_tokens` tokens of the budget it spreads evenly over all that is left, in reading order: the
+      background gets the share of the budget that the budget is of the picture.
+    - Refine adds to each token of Scan the mean of the dropped tokens that are most similar to it.
+    """
+    num_tokens = features.shape[1]
+    saliency = _min_max(saliency)
+    rank = _top(saliency * _min_max(relevance), num_tokens).argsort(dim=-1)
+    num_focus = max(1, int(focus_share * num_kept + 1e-6))
+    num_even = min(num_kept**2 // num_tokens, num_kept - num_focus)
+    is_focus = rank < num_focus
+    kept = is_focus
+    cosines = _cosines(features)
+    distances = (1 - cosines).clamp(min=0)
+    distances = distances / distances.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    nearest = distances.masked_fill(~kept[..., None], torch.inf).amin(1)
+    for _ in range(num_kept - num_even - num_focus):
+        gain = saliency_weight * saliency + (1 - saliency_weight) * nearest
+        chosen = gain.masked_fill(kept, -torch.inf).argmax(-1, keepdim=True)
+        kept = kept.scatter(1, chosen, True)
+        nearest = torch.minimum(nearest, _take(distances, chosen)[:, 0])
+    place = (~kept).cumsum(-1)  # among those that are left, from 1
+    num_left = num_tokens - num_kept + num_even
+    kept = kept | ~kept & (place * num_even // num_left > (place - 1) * num_even // num_left)
+
+    is_anchor = kept & ~is_focus
+    anchor = cosines.masked_fill(~is_anchor[:, None], -torch.inf).argmax(-1)  # of each token
+    members = torch.zeros_like(cosines).scatter(2, anchor[..., None], 1.0) * ~kept[..., None]
+    mean = members.mT @ features.float() / members.sum(1)[..., None].clamp(min=1)
+    merged = torch.where(is_anchor[..., None], features.float() + mean, features.float()).to(features.dtype)
+    return _keep(merged, kept.nonzero()[:, 1].view(len(kept), num_kept))
 
 
 def random_tokens(features, saliency, relevance, num_kept: int, *, generator: torch.Generator | None = None) -> Kept:
@@ -427,6 +469,12 @@ def mixed_distances(features, grid: tuple[int, int], share: float, metric: bool 
 def _top(scores, number):
     """Positions of the highest scores, the lower index first among equal ones."""
     return scores.float().argsort(dim=-1, descending=True, stable=True)[:, :number]
+
+
+def _min_max(scores):
+    scores = scores.float()
+    low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
+    return (scores - low) / (high - low).clamp(min=1e-12)
 
 
 def _cosines(features):

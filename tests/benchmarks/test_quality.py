@@ -209,6 +209,21 @@ def test_batch(loaded, examples, batch):
         text = clip.text_projection(clip.text_model(ids).pooler_output)[0]
         torch.testing.assert_close(batch.cosine[0], torch.cosine_similarity(joint, text, dim=-1))
 
+        # What a patch hands to [CLS] is what attention gives if there is nothing but this patch to look at.
+        last = tower.encoder.layers[-1]
+        handed = last.self_attn(last.layer_norm1(patches[0])[:, None])[0][:, 0]
+        joint = clip.visual_projection(tower.post_layernorm(handed))
+        by_value = torch.cosine_similarity(joint, text, dim=-1)
+        torch.testing.assert_close(batch.value_cosine[0], by_value)
+        ids = processor.query_tokenizer(quality.NEUTRAL_QUESTION, return_tensors="pt")["input_ids"]
+        neutral = clip.text_projection(clip.text_model(ids).pooler_output)[0]
+        torch.testing.assert_close(
+            batch.value_contrast[0], by_value - torch.cosine_similarity(joint, neutral, dim=-1), atol=1e-5, rtol=1e-4
+        )
+        around = batch.value_contrast[0].view(24, 24)
+        means = [around[max(r - 1, 0) : r + 2, max(c - 1, 0) : c + 2].mean() for r in range(24) for c in range(24)]
+        torch.testing.assert_close(batch.smooth_contrast[0], torch.stack(means))
+
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "unpruned"])
 def test_every_method_keeps_what_it_is_asked_for(loaded, batch, name):
@@ -216,7 +231,7 @@ def test_every_method_keeps_what_it_is_asked_for(loaded, batch, name):
     visual, indices = quality.select(loaded[0], METHODS[name], batch, 20, generator)
     assert visual.shape == (15, 20, batch.tokens.shape[2]) and indices.shape == (15, 20)
     settings = METHODS[name].settings
-    if settings is None and name != "visionzip":
+    if settings is None and not name.startswith("visionzip") and name != "fsr-values":  # they merge
         kept = torch.stack([tokens[chosen] for tokens, chosen in zip(batch.tokens, indices)])
         torch.testing.assert_close(visual, kept)
 
@@ -433,7 +448,9 @@ def test_a_run(runs):
     assert pairs["held_out"]["questions"] + pairs["others"]["questions"] == len(named) > 0
     assert 0 <= pairs["others"]["accuracy"] <= 1
     for areas in result["sign"].values():
-        assert set(areas["auc"]) == {"question", "name", "saliency", "priority", "priority-inverted"}
+        assert set(areas["auc"]) == {
+            *("question", "name", "values", "contrast", "smooth", "saliency", "priority", "priority-inverted")
+        }
     assert result["sign"]["all"]["questions"] >= result["sign"]["objects"]["questions"] > 0
     assert result["positions"] == FSRLlavaConfig().fsr_config.positions and result["fsr"]["focus_limit"] == 0.5
 
@@ -452,10 +469,10 @@ def test_page(runs, tmp_path):
     shutil.copy(quality_page.DOCS / "quality.md", page)
     words = re.compile(r"<!-- begin \S+ -->\n.*?<!-- end \S+ -->", re.DOTALL)
     before = words.split(page.read_text(encoding="utf-8"))
-    quality_page.write_page(*runs, page)
+    quality_page.write_page(*runs, runs[0], page)
     text = page.read_text(encoding="utf-8")
     assert words.split(text) == before
-    quality_page.write_page(*runs, page)
+    quality_page.write_page(*runs, runs[0], page)
     assert page.read_text(encoding="utf-8") == text
 
     row = next(row for row in runs[0]["results"] if row["method"] == "fsr" and row["budget"] == 64)
@@ -477,4 +494,4 @@ def test_the_page_names_every_block(tmp_path, runs):
     page = tmp_path / "quality.md"
     page.write_text("<!-- begin setup -->\n<!-- end setup -->\n")
     with pytest.raises(ValueError, match="must have each of these blocks once"):
-        quality_page.write_page(*runs, page)
+        quality_page.write_page(*runs, runs[0], page)

@@ -12,6 +12,7 @@ from benchmarks.selectors import (
     divprune,
     fastervlm,
     fsr,
+    fsr_evenly,
     fsr_in_space,
     holov,
     idpruner,
@@ -312,3 +313,36 @@ def test_fsr_in_space(scene, num_kept, scan_space):
             rest = set(range(TOKENS)) - set(picked)
             picked.append(max(rest, key=lambda token: min(distances[token, other] for other in picked)))
         assert chosen == sorted(picked)
+
+
+@pytest.mark.parametrize("num_kept", BUDGETS)
+def test_fsr_evenly(scene, num_kept):
+    kept, indices = fsr_evenly(*scene, num_kept)
+    for row, features, saliency, relevance in zip(range(BATCH), *scene):
+        saliency, relevance = (
+            (scores - scores.min()) / (scores.max() - scores.min())
+            for scores in (saliency.double().numpy(), relevance.double().numpy())
+        )
+        cosines = cosines_of(features)
+        distances = (1 - cosines) / (1 - cosines).max()
+        focus = np.argsort(-saliency * relevance, kind="stable")[: max(1, num_kept // 4)].tolist()
+        chosen = list(focus)
+        num_even = min(num_kept * num_kept // TOKENS, num_kept - len(focus))
+        while len(chosen) < num_kept - num_even:
+            rest = [token for token in range(TOKENS) if token not in chosen]
+            chosen.append(
+                max(rest, key=lambda token: saliency[token] + min(distances[token, other] for other in chosen))
+            )
+        rest = [token for token in range(TOKENS) if token not in chosen]
+        # The last of each of `num_even` runs of nearly one length.
+        chosen += [rest[-(-number * len(rest) // num_even) - 1] for number in range(1, num_even + 1)]
+        assert indices[row].tolist() == sorted(chosen)
+
+        anchors = sorted(set(chosen) - set(focus))
+        dropped = {token: max(anchors, key=lambda other: cosines[token, other], default=None) for token in rest}
+        for place, token in enumerate(sorted(chosen)):
+            expected = features[token].double()
+            members = [other for other, anchor in dropped.items() if anchor == token and other not in chosen]
+            if token in anchors and members:
+                expected = expected + features[members].double().mean(0)
+            torch.testing.assert_close(kept[row, place].double(), expected, rtol=1e-5, atol=1e-5)
