@@ -13,6 +13,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fsr_hf.testing.small_llava import SmallLlava, export_small_llava
 from fsr_hf.testing.vllm_server import Server, serve
@@ -128,6 +130,7 @@ def run(arguments: argparse.Namespace) -> list[Result]:
         if folder is None:
             folder = export_small_llava(Path(root), SMALL)
             stock = Path(root) / "llava"
+            name_as_vllm_reads(stock)
         options = [
             *("--max-model-len", "2048", "--max-num-seqs", "32", "--no-enable-prefix-caching"),
             *arguments.option,
@@ -153,6 +156,14 @@ def run(arguments: argparse.Namespace) -> list[Result]:
                         print(result, flush=True)
                         results.append(result)
     return results
+
+
+def name_as_vllm_reads(folder: Path) -> None:
+    """vLLM's stock class wants a level in the names of CLIP's tower that transformers 5 does not write."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    names = {name: re.sub(r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name) for name in weights}
+    save_file({names[name]: weight for name, weight in weights.items()}, file, metadata={"format": "pt"})
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import PromptReplacement
 
-from .request import budget_settings, without_settings
+from .request import budget_settings, call_config, without_settings
 from .tower import build_inner, item_positions
 
 
@@ -116,8 +116,7 @@ class FSRMultiModalProcessorMixin:
 
     def _add_plans(self, data: Any, visual: dict[str, Any], kwargs: Mapping[str, Any]) -> None:
         config = self.info.get_hf_config()
-        budget = {name: kwargs.get(name) for name in ("num_visual_tokens", "retention_ratio")}
-        fsr = config.fsr_config.override(**budget, enabled=kwargs.get("fsr_enabled"))
+        fsr = call_config(config.fsr_config, kwargs)
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         plans: dict[str, list[list[int]]] = {}
         for item in self.inner.build_items(**visual):
