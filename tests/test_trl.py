@@ -122,6 +122,7 @@ def test_sft(make_row, fsr_config, options, folder, processor, tmp_path):
     options = dict(options)
     model, budget = load(folder, **fsr_config)
     seen, given, losses = record_lengths(model), [], []
+    answers = {question["answer"] for question in QUESTIONS}
     trainer = trl.SFTTrainer(
         model,
         peft_config=peft.LoraConfig(**LORA) if options.pop("lora", False) else None,
@@ -132,7 +133,8 @@ def test_sft(make_row, fsr_config, options, folder, processor, tmp_path):
     compute_loss = trainer.compute_loss
 
     def remember(wrapped, inputs, *args, **kwargs):
-        assert not (inputs["labels"] == model.config.image_token_id).any()
+        for row in inputs["labels"]:  # as many words as the answer has, and what ends it
+            assert processor.decode(row[row >= 0]).removesuffix("</s>").strip() in answers
         given.append(tuple(inputs["input_ids"].shape))
         if not losses:  # what the class itself calls the loss of this batch
             with torch.no_grad():

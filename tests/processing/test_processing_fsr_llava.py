@@ -426,6 +426,13 @@ def test_everything_else_is_the_stock_processor(processor, image, tensors):
             assert np.asarray(got[key]).dtype == np.int64
 
 
+def test_answers_alone_are_the_assistants(processor, image):
+    conversation = [turn("user", image, "what?"), turn("assistant", "a dog"), turn("user", "and now?")]
+    inputs = chat(processor, conversation, return_assistant_tokens_mask=True)
+    ids, mask = (np.asarray(inputs[name]).reshape(-1) for name in ("input_ids", "assistant_masks"))
+    assert processor.decode(ids[mask == 1]).strip() == "a dog"
+
+
 def test_images_alone_have_no_rows(processor, image):
     stock = build(cls=LlavaProcessor)
     assert set(processor(images=image, return_tensors="pt")) == set(stock(images=image, return_tensors="pt"))
