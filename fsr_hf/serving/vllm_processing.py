@@ -3,6 +3,7 @@ Requests of vLLM: an image or a video is as many placeholders as it keeps, from 
 KV cache and all other caches are right without knowing of FSR.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -23,6 +24,8 @@ __all__ = ["PLAN", "FSRInfoMixin", "FSRMultiModalProcessorMixin"]
 # inputs as two integers.
 PLAN = "fsr_{modality}_plan"
 _QUERY = ("query_input_ids", "query_attention_mask")
+# More items than vLLM's cache of processed ones holds in its 4 GiB.
+_NUM_REMEMBERED = 2**16
 
 
 class FSRInfoMixin:
@@ -48,6 +51,11 @@ class FSRMultiModalProcessorMixin:
         """The inner model without weights, for what it knows from shapes alone."""
         with torch.device("meta"):
             return build_inner(self.info.get_hf_config())
+
+    @cached_property
+    def num_dropped(self) -> OrderedDict[str, int]:
+        """Positions of dropped tokens of the last images and videos, by vLLM's hash."""
+        return OrderedDict()
 
     # ------------------------------------------------------------------ what a family says
 
@@ -93,12 +101,14 @@ class FSRMultiModalProcessorMixin:
         config = self.info.get_hf_config()
         if config.fsr_config.positions != "original":
             return
-        dropped = sum(
-            item[PLAN.format(modality=modality)].data[2].item()
-            for modality, items in result["mm_kwargs"].items()
-            for item in items
-            if item is not None
-        )
+        dropped = 0
+        for modality, items in result["mm_kwargs"].items():
+            for digest, item in zip(result["mm_hashes"][modality], items):
+                if item is not None:  # vLLM hands over None for what it has sent before
+                    self.num_dropped[digest] = int(item[PLAN.format(modality=modality)].data[2])
+                dropped += self.num_dropped.get(digest, 0)
+        while len(self.num_dropped) > _NUM_REMEMBERED:
+            self.num_dropped.popitem(last=False)
         length, limit = len(result["prompt_token_ids"]) + dropped, config.get_text_config().max_position_embeddings
         if length > limit:
             raise ValueError(
