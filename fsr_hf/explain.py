@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
@@ -149,7 +149,7 @@ def load_visual(file: str | os.PathLike) -> Image.Image | Path:
     if Path(file).suffix.lower() in _VIDEOS:
         return Path(file)
     try:
-        return Image.open(file).convert("RGB")
+        return ImageOps.exif_transpose(Image.open(file)).convert("RGB")  # upright, as transformers opens files
     except UnidentifiedImageError as error:
         raise OSError(f"{file} is not an image that Pillow can read, nor a video.") from error
 

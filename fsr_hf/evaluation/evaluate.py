@@ -104,6 +104,7 @@ def run_eval(
     check_fsr_model(model, trust_remote_code)
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
+    _check_texts(processor, questions, instruction)
     _check_videos(processor, questions, type(config).__name__)
     batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
     check_budgets(config, processor, questions, budgets, num_frames, trust_remote_code)
@@ -138,6 +139,7 @@ def run_eval(
         state.wait_for_everyone()
         methods: list[Budget] = [None, *budgets]
         found = records.read()
+        state.wait_for_everyone()  # nobody writes before all have read, so that all share the same batches
         pending = {
             number: [budget for budget in methods if (number, label(budget)) not in found]
             for number in range(len(batches))
@@ -222,6 +224,21 @@ def _check_arguments(budgets: Sequence[int | float], metric: str, keep: float, d
         raise ValueError(f"--dtype {dtype} is not supported: choose one of {', '.join(_DTYPES)}.")
 
 
+def _check_texts(processor: Any, questions: Sequence[Question], instruction: str | None) -> None:
+    """
+    Raises:
+        `ValueError`: for texts with the placeholder of an image or a video, which stands for one more of them.
+    """
+    tokens = [getattr(processor, name, None) for name in ("image_token", "video_token")]
+    texts = [("--instruction", instruction or "")] + [(question.place, question.text) for question in questions]
+    for place, text in texts:
+        for token in filter(None, tokens):
+            if token in text:
+                raise ValueError(
+                    f"{place}: {text!r} has {token!r}, which the prompt gets for each image or video: leave it out."
+                )
+
+
 def _check_videos(processor: Any, questions: Sequence[Question], name: str) -> None:
     """
     Raises:
@@ -296,20 +313,24 @@ def digest_model(model: str, config: Any) -> str:
     if not os.path.isdir(model):
         return str(getattr(config, "_commit_hash", None))
     digest = hashlib.sha256()
-    for file in sorted(Path(model).iterdir()):
+    folder = Path(model)
+    for file in sorted([*folder.iterdir(), *folder.glob("query_tokenizer/*")]):
         if file.is_file():
-            status = file.stat()
-            content = (
-                file.read_bytes() if status.st_size <= _SMALL else f"{status.st_size} {status.st_mtime_ns}".encode()
-            )
-            digest.update(file.name.encode() + b"\0" + hashlib.sha256(content).digest())
+            digest.update(str(file.relative_to(folder)).encode() + b"\0" + hashlib.sha256(_content(file)).digest())
     return digest.hexdigest()
+
+
+def _content(file: Path) -> bytes:
+    """What tells whether a file is still the same: all of a small one, else size and time."""
+    status = file.stat()
+    return file.read_bytes() if status.st_size <= _SMALL else f"{status.st_size} {status.st_mtime_ns}".encode()
 
 
 def _digest_questions(questions: Sequence[Question]) -> str:
     """Tells whether the questions are still the same; answers may change, which asks for new scores alone."""
     digest = hashlib.sha256()
     for question in questions:
-        sizes = [os.path.getsize(name) for name in question.visual.split("\n") if os.path.isfile(name)]
-        digest.update(json.dumps([question.text, question.visual, sizes]).encode())
+        files = [Path(name) for name in question.visual.split("\n") if os.path.isfile(name)]
+        contents = [hashlib.sha256(_content(file)).hexdigest() for file in files]
+        digest.update(json.dumps([question.text, question.visual, contents]).encode())
     return digest.hexdigest()

@@ -118,6 +118,8 @@ def run_tasks(
         "model_args": model_args,
         "batch_size": batch_size,
         "limit": limit,
+        "include_path": None if include_path is None else str(include_path),
+        "device": device,
         "num_processes": num_processes,
         "machine": machine_name(),
         "versions": package_versions() | {"lmms_eval": version("lmms_eval")},

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 __all__ = ["Question", "load_questions"]
@@ -92,13 +92,16 @@ _Line = tuple[str, dict[str, Any] | ValueError]
 
 
 def _json_lines(file: Path) -> Iterator[_Line]:
-    with open(file, encoding="utf-8") as lines:
+    with open(file, "rb") as lines:
         for number, text in enumerate(lines, start=1):
             if not text.strip():
                 continue
             place = f"{file}, line {number}"
             try:
-                line = json.loads(text)
+                line = json.loads(text.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                yield place, ValueError(f"is not UTF-8 ({error}).")
+                continue
             except ValueError as error:
                 yield place, ValueError(f"is not JSON ({error}).")
                 continue
@@ -164,7 +167,7 @@ def _open_row_image(dataset: Any, number: int, column: str, place: int, folder: 
 
 
 def _open_image(file: Path | io.BytesIO) -> Image.Image:
-    return Image.open(file).convert("RGB")
+    return ImageOps.exif_transpose(Image.open(file)).convert("RGB")  # upright, as transformers opens files
 
 
 def _question(place: str, line: dict[str, Any] | ValueError) -> Question:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from clips import write_clip
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, LlavaConfig
+from transformers import AutoConfig, AutoModel, AutoProcessor, LlavaConfig
 from typer.testing import CliRunner
 
 import fsr_hf
@@ -22,6 +22,7 @@ from examples.shapes_vqa.data import held_out_questions
 from fsr_hf.cli import app
 from fsr_hf.demo.shapes_vqa import shapes_vqa_folder
 from fsr_hf.evaluation import answering, evaluate
+from fsr_hf.evaluation.questions import load_questions
 from fsr_hf.testing.small_families import export_small_model
 
 
@@ -173,6 +174,24 @@ def test_an_interrupted_run_goes_on(finished, model, data, tmp_path, monkeypatch
     assert result.exit_code == 1 and "records-0.jsonl, line 1 is damaged" in result.stderr
 
 
+def test_other_files_are_another_run(model, data, tmp_path):
+    """Whatever is in a small file, and not its size alone."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    config = AutoConfig.from_pretrained(folder)
+    digest = evaluate.digest_model(str(folder), config)
+    assert digest == evaluate.digest_model(str(model), config)
+    (folder / "query_tokenizer" / "tokenizer.json").open("a").write(" ")
+    assert digest != evaluate.digest_model(str(folder), config)
+
+    picture = tmp_path / "picture.bmp"
+    (tmp_path / "questions.jsonl").write_text('{"image": "picture.bmp", "question": "Which colour?", "answer": "red"}')
+    digests = set()
+    for color in ("red", "blue"):
+        Image.new("RGB", (30, 20), color).save(picture)
+        digests.add(evaluate._digest_questions(load_questions(tmp_path / "questions.jsonl")))
+    assert len(digests) == 2
+
+
 def test_two_processes_find_the_same(finished, model, data, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "fsr_hf"]
@@ -270,6 +289,8 @@ def test_refuses_before_a_model_is_loaded(model, data, mixed, tmp_path, monkeypa
     clip, bad = folder / "clip.jsonl", folder / "bad.jsonl"
     clip.write_text(json.dumps(lines["video"]))
     bad.write_text(json.dumps(lines["one"]) + '\n{"question": "what ?", "answer": "a cat"}\n')
+    placeholder = folder / "placeholder.jsonl"
+    placeholder.write_text(json.dumps({**lines["one"], "question": "<image> What ?"}))
     stock = tmp_path / "stock"
     LlavaConfig().save_pretrained(stock)
     for arguments, code, expected in (
@@ -283,6 +304,8 @@ def test_refuses_before_a_model_is_loaded(model, data, mixed, tmp_path, monkeypa
         ((model, "--data", data, "--device", "abacus"), 1, "abacus"),
         ((model, "--data", bad), 1, f"{bad}, line 2: has none of them"),
         ((model, "--data", clip), 1, f"{clip}, line 1: `video` is given"),
+        ((model, "--data", placeholder), 1, f"{placeholder}, line 1: '<image> What ?' has '<image>'"),
+        ((model, "--data", data, "--instruction", "<image>"), 1, "--instruction: '<image>' has '<image>'"),
         ((model, "--data", folder / "none.jsonl"), 1, "no such file"),
         ((tmp_path / "no" / "such" / "model", "--data", data), 1, "neither a folder nor"),
     ):

@@ -5,8 +5,10 @@ import json
 import datasets
 import pytest
 from PIL import Image
+from transformers.image_utils import load_image
 
 from fsr_hf.evaluation.questions import load_questions
+from fsr_hf.explain import load_visual
 
 
 @pytest.fixture
@@ -72,6 +74,28 @@ def test_bad_lines_are_named(folder, line, expected):
     with pytest.raises(ValueError) as caught:
         load_questions(file)
     assert str(caught.value).startswith(f"{file}, line 2: ") and expected in str(caught.value)
+
+
+def test_photos_stand_upright(folder):
+    """As `transformers` shows them to a model: phones write sideways pixels, and how to turn them."""
+    image = Image.new("RGB", (30, 20), "red")
+    image.paste("blue", (0, 0, 15, 20))
+    turned = image.getexif()
+    turned[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    image.save(folder / "photo.png", exif=turned)
+    (question,) = load_questions(write(folder, {**GOOD, "image": "photo.png"}))
+    for found in (question.images[0](), load_visual(folder / "photo.png")):
+        assert found.size == (20, 30) and found.getpixel((0, 0)) == (0, 0, 255) != found.getpixel((0, 29))
+        assert found.tobytes() == load_image(str(folder / "photo.png")).tobytes()
+
+
+def test_encodings(folder):
+    file = folder / "questions.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())  # as some editors begin a file of UTF-8
+    assert len(load_questions(file)) == 1
+    file.write_bytes(json.dumps(GOOD).encode() + b"\n" + json.dumps(GOOD).encode().replace(b"red", b"caf\xe9"))
+    with pytest.raises(ValueError, match="line 2: is not UTF-8"):
+        load_questions(file)
 
 
 def test_many_bad_lines(folder):
