@@ -523,6 +523,21 @@ def test_mask_is_inferred_from_padding(case):
     assert torch.equal(case.generate(inputs), case.expected[0])
 
 
+def test_training_within_the_budget_needs_no_question(case, monkeypatch):
+    """Nor under FSDP2, where a prompt that loses nothing takes the way of the others."""
+    inputs = {name: value for name, value in case.inputs.items() if not name.startswith("query_")}
+    is_first = torch.nn.functional.pad(inputs["attention_mask"], (1, 0))[:, :-1] == 0  # padding, and what follows it
+    placeholders = torch.tensor(case.family.placeholder_ids)
+    labels = inputs["input_ids"].masked_fill(is_first | torch.isin(inputs["input_ids"], placeholders), -100)
+    monkeypatch.setattr(case.model, "training", True)
+    monkeypatch.setattr(case.model.model, "training", True)
+    losses = []
+    for sharded in (False, True):
+        monkeypatch.setattr(compression, "is_sharded", lambda model, sharded=sharded: sharded)
+        losses.append(case.model(**inputs, labels=labels, retention_ratio=1.0).loss)
+    close(*losses)
+
+
 def test_question_matters_and_may_be_missing(case):
     if not case.family.has_text_encoder:
         pytest.skip("no text encoder")
@@ -1304,6 +1319,39 @@ def test_conversation_that_does_not_fit(case):
             case.model.generate(**with_pixels, **two, past_key_values=wrong)
 
 
+def test_conversation_whose_answer_has_a_placeholder(case):
+    """A sampled one is a word in a turn of words, if the cache has it; else the error says where it comes from."""
+    placeholder = case.family.placeholder_ids[0]
+
+    length = case.family.inputs([case.rows[0]])["input_ids"].shape[1]
+
+    class Write(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] == length + 1:
+                scores = scores.index_fill(1, torch.tensor([placeholder]), 1e9)
+            return scores
+
+    def call(inputs, options):
+        return case.model.generate(**inputs, **options, logits_processor=[Write()])
+
+    cache, text, with_pixels = conversation(case, call)
+    assert text["input_ids"][0, -5] == placeholder
+    row = [*case.rows[0], *text["input_ids"][0, -6:].tolist()]
+    row[-5] = 33  # any word, for the positions
+    prompt = case.oracle.compress(row, questions=[case.oracle.question(case.rows[0])])
+    prompt.embeds[-5] = case.oracle.reference.get_input_embeddings()(torch.tensor(placeholder)).detach()
+    words = case.generate({"input_ids": text["input_ids"]}, past_key_values=copy.deepcopy(cache))
+    assert torch.equal(words, case.oracle.decode([prompt], NEW)[0])
+    last, *_ = conversation(case, lambda inputs, options: call(inputs, {**options, "max_new_tokens": 2}))
+    hint = rf"wrote one in an answer.*`suppress_tokens=\[{placeholder}"
+    with idle(case):
+        for inputs, written in ((with_pixels, cache), ({"input_ids": text["input_ids"]}, last)):
+            with pytest.raises(ValueError, match=hint):
+                case.model.generate(**inputs, past_key_values=written, max_new_tokens=2)
+    suppressed = case.generate(suppress_tokens=[int(case.expected[0][0, 0])])
+    assert not (suppressed == case.expected[0][0, 0]).any()
+
+
 @pytest.mark.parametrize("options", [{"fsr_enabled": False}, {"num_visual_tokens": 10**6}], ids=str)
 def test_cache_of_an_unpruned_prompt_goes_on(case, stock, options):
     expected_cache, text, _ = conversation(
@@ -1429,6 +1477,12 @@ def test_budget_of_the_generation_config(case, monkeypatch):
     assert torch.equal(
         case.generate(generation_config=GenerationConfig(fsr_enabled=True, max_new_tokens=NEW)), case.expected[0]
     )
+    misspelt = GenerationConfig(retention_ration=0.5)
+    with pytest.raises(ValueError, match="Did you mean `retention_ratio`"):
+        case.generate(generation_config=misspelt)
+    monkeypatch.setattr(case.model, "generation_config", misspelt)
+    with pytest.raises(ValueError, match="Did you mean `retention_ratio`"):
+        case.generate()
 
 
 @pytest.mark.parametrize(

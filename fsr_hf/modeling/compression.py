@@ -236,7 +236,8 @@ class FSRModelMixin(TextEncoderMixin):
         if needs_query:
             if query_input_ids is None and self.query_reader is not None and self.text_encoder is not None:
                 query_input_ids, query_attention_mask = self.query_reader(host_ids, host_mask)
-            question = self._check_query(query_input_ids, query_attention_mask, fsr, len(input_ids))
+            is_pruned = bool(pruned_rows.any())
+            question = self._check_query(query_input_ids, query_attention_mask, fsr, len(input_ids), is_pruned)
         if question and items:
             if not question[1].cpu()[[item.row for item in items]].any(-1).all():
                 logger.warning_once("A row has no question: FSR ranks its visual tokens by saliency alone.")
@@ -330,7 +331,7 @@ class FSRModelMixin(TextEncoderMixin):
             result[modality] = self.make_output([torch.cat(parts) for parts in groups.values()], output)
         return result
 
-    def _check_query(self, input_ids, attention_mask, fsr, batch_size: int):
+    def _check_query(self, input_ids, attention_mask, fsr, batch_size: int, is_pruned: bool):
         """The question as `encode_query` takes it, or `None` (saliency alone), with a warning where it is missing."""
         if self.text_encoder is None and fsr.relevance == "clip":
             raise ValueError(NO_TEXT_ENCODER)
@@ -341,7 +342,7 @@ class FSRModelMixin(TextEncoderMixin):
             )
         if self.text_encoder is None or fsr.relevance == "none":
             return None
-        if input_ids is None and self.training and torch.is_grad_enabled():
+        if input_ids is None and is_pruned and self.training and torch.is_grad_enabled():
             raise ValueError(
                 "`query_input_ids` is missing in a training step, which would rank visual tokens by saliency alone, "
                 "and answers by the question. Pass all that the processor returns. For a trainer that drops it (TRL's "

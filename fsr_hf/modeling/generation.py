@@ -310,8 +310,9 @@ def _budget_of_call(*sources: Any) -> dict[str, Any]:
     What a call says of FSR: in its arguments, else in its generation config (where servers put what a request asks
     for), else in that of the model. A budget that is named takes the place of both of a later source.
     """
-    if isinstance(sources[1], GenerationConfig):  # which takes any name
-        check_arguments(vars(sources[1]))
+    for source in sources:
+        if isinstance(source, GenerationConfig):  # which takes any name
+            check_arguments(vars(source))
     found: dict[str, Any] = {}
     for names in (("num_visual_tokens", "retention_ratio"), ("fsr_enabled",)):
         for source in sources:

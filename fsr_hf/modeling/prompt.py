@@ -20,6 +20,12 @@ __all__ = [
     "starts_of",
 ]
 
+# Sampling may draw a placeholder, which no picture fills when the answer comes back in a prompt.
+_ADVICE_IF_WRITTEN = (
+    " If the model wrote one in an answer, take it out and start without a cache; `suppress_tokens={}` keeps "
+    "`generate()` from writing any."
+)
+
 
 @dataclass
 class VisualItem:
@@ -70,6 +76,7 @@ def place_items(input_ids: torch.Tensor, items: list[VisualItem], token_ids: dic
                 f"{modality.capitalize()} features and {modality} tokens do not match: the prompt has {len(rows)} "
                 f"placeholders (id {token_id}; by row: {is_placeholder.sum(-1).tolist()}), but the {len(lengths)} "
                 f"{modality}s need {sum(lengths)} (each: {lengths}). Build both by the processor, without truncation."
+                + (_ADVICE_IF_WRITTEN.format([token_id]) if len(rows) > sum(lengths) else "")
             )
         parts = zip(members, rows.split(lengths), columns.split(lengths))
         for number, (item, item_rows, item_columns) in enumerate(parts):
@@ -181,5 +188,5 @@ def check_no_placeholders(
         names = ", ".join(f"`{name}`" for name in pixel_inputs)
         raise ValueError(
             f"The prompt has {count} placeholders (ids {ids}) but there are no pixels ({names}) to fill them. Pass "
-            "what the processor returns, whole."
+            "what the processor returns, whole." + _ADVICE_IF_WRITTEN.format(ids)
         )
