@@ -212,7 +212,7 @@ class FSRConfig(PreTrainedConfig):
             return max(1, round(self.retention_ratio * num_tokens))
         return min(self.num_visual_tokens or num_tokens, num_tokens)
 
-    def override(self, num_visual_tokens=None, retention_ratio=None, fsr_enabled=None, **_: Any) -> "FSRConfig":
+    def override(self, num_visual_tokens=None, retention_ratio=None, fsr_enabled=None) -> "FSRConfig":
         """A copy for one call, whose arguments of these names win over the stored values."""
         config = copy.copy(self)
         given = {"num_visual_tokens": num_visual_tokens, "retention_ratio": retention_ratio}

@@ -66,7 +66,7 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
 
         call = {name: kwargs.pop(name, None) for name in FSR_ARGUMENTS}
         call |= _budget_of_call(call, generation_config, self.generation_config)
-        fsr = self.config.fsr_config.override(**call)
+        fsr = self.model.config_of_call(call)
         options = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
         options.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         model_kwargs = options.update(**kwargs)
