@@ -9,7 +9,8 @@ the most likely one given the answers, where one more outcome, the worst there i
 observed, it says that losses are just rare. Drawn from it, samples of the same size tell. For right and wrong answers
 without gains this is the exact binomial test. tests/evaluation/test_intervals.py simulates how often it errs.
 
-The unit is the picture: questions about one picture fail together, so their sum counts as one observation.
+The unit is the picture: questions about one picture fail together, so their sum counts as one observation. For the
+share that is kept, pictures of which nothing is right before and after say nothing, and do not count.
 """
 
 from collections.abc import Sequence
@@ -84,6 +85,8 @@ def _lower_limit(
     _, numbers = np.unique(np.asarray(pictures), return_inverse=True)
     top, base = np.bincount(numbers, weights=top), np.bincount(numbers, weights=base)
     largest = np.bincount(numbers).max()  # questions about one picture
+    says_something = (top != 0) | (base != 0)  # wrong before and after fits any `x`, and how many are is chance alone
+    top, base = top[says_something], base[says_something]
     low, high = start, float(top.sum() / base.sum())
     for _ in range(_STEPS if high > low else 0):
         middle = (low + high) / 2

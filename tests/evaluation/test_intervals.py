@@ -30,10 +30,13 @@ def exact_lower_bound(number: int, lost: int) -> float:
     return low
 
 
-@pytest.mark.parametrize(("number", "lost"), [(60, 0), (148, 0), (200, 1), (300, 6), (500, 40)])
-def test_losses_alone_give_the_exact_binomial_bound(number, lost):
-    unpruned, pruned = outcomes(number - lost, 0, lost, 0)
-    bound = kept_at_least(unpruned, pruned, range(number))
+@pytest.mark.parametrize(
+    ("number", "lost", "neither"), [(60, 0, 0), (60, 0, 40), (148, 0, 300), (200, 1, 0), (300, 6, 100), (500, 40, 0)]
+)
+def test_losses_alone_give_the_exact_binomial_bound(number, lost, neither):
+    """Questions that are wrong before and after make it neither higher nor lower."""
+    unpruned, pruned = outcomes(number - lost, 0, lost, neither)
+    bound = kept_at_least(unpruned, pruned, range(number + neither))
     assert bound == pytest.approx(exact_lower_bound(number, lost), abs=0.003)
 
 
