@@ -2041,6 +2041,17 @@ def test_labels_of_another_shape(case):
     assert not calls
 
 
+def test_pixels_that_are_none(case):
+    """As from `batch.get("pixel_values")` of a batch of words, or of one modality: those of the other are `None`."""
+    words = case.family.inputs([case.rows[2]], query=False)
+    nothing = dict.fromkeys(case.model.model.pixel_inputs)
+    for settings in ({}, {"fsr_enabled": False}):
+        assert torch.equal(case.generate({**words, **nothing}, **settings), case.generate(words))
+    for settings in ({}, {"num_visual_tokens": 10**6}):
+        expected = case.generate(case.inputs, **settings)
+        assert torch.equal(case.generate({**nothing, **case.inputs}, **settings), expected)
+
+
 def test_a_video_for_a_model_of_images(case):
     if "pixel_values_videos" in case.model.model.visual_inputs:
         pytest.skip("this family takes videos")

@@ -57,6 +57,9 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs=None, output_visual_selection=None, **kwargs):
+        for name in self.model.pixel_inputs:
+            if name in kwargs and kwargs[name] is None:
+                del kwargs[name]  # which the stock method would encode
         arguments = {name: kwargs.pop(name) for name in _ARGUMENTS_OF_GENERATE if name in kwargs}
         generation_config, cache = arguments.get("generation_config"), get_cache(kwargs)
         if getattr(generation_config, "is_assistant", False):  # this model drafts for another one, on its prompt
