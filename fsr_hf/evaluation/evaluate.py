@@ -25,6 +25,7 @@ from .scoring import METRICS
 __all__ = ["begin_run", "check_budgets", "digest_model", "run_eval"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_NARROW = 50  # times as long as wide; Qwen's processors refuse 200
 _SMALL = 1 << 20  # bytes; larger files are known by their size and time
 
 
@@ -105,6 +106,7 @@ def run_eval(
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
     _check_texts(processor, questions, instruction)
+    _check_sizes(processor, questions)
     _check_videos(processor, questions, type(config).__name__)
     batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
     check_budgets(config, processor, questions, budgets, num_frames, trust_remote_code)
@@ -237,6 +239,19 @@ def _check_texts(processor: Any, questions: Sequence[Question], instruction: str
                 raise ValueError(
                     f"{place}: {text!r} has {token!r}, which the prompt gets for each image or video: leave it out."
                 )
+
+
+def _check_sizes(processor: Any, questions: Sequence[Question]) -> None:
+    """
+    Raises:
+        `ValueError`: for an image that is too narrow for the processor.
+    """
+    for question in questions:
+        if any(max(size) > _NARROW * min(size) for size in question.sizes):
+            try:
+                build_inputs(processor, [question], None, 1)
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"{question.place}: {error}") from error
 
 
 def _check_videos(processor: Any, questions: Sequence[Question], name: str) -> None:

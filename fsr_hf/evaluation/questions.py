@@ -35,6 +35,8 @@ class Question:
             Names its images or its video: questions with the same one are no independent evidence.
         images (`tuple[Callable, ...]`):
             Each returns a `PIL.Image.Image`.
+        sizes (`tuple[tuple[int, int], ...]`):
+            Their widths and heights, in pixels.
         video (`Path`, *optional*):
             A file.
     """
@@ -44,6 +46,7 @@ class Question:
     answers: tuple[str, ...]
     visual: str
     images: tuple[Callable[[], Image.Image], ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
     video: Path | None = None
 
 
@@ -196,15 +199,14 @@ def _question(place: str, line: dict[str, Any] | ValueError) -> Question:
     images = line["_images"]
     if not images:
         raise ValueError("`images` is empty: a question needs at least one.")
-    for name, opens in images:
-        _check_image(name, opens)
+    sizes = tuple(_size_of(name, opens) for name, opens in images)
     names = "\n".join(name for name, _ in images)
-    return Question(place, text, answers, names, images=tuple(opens for _, opens in images))
+    return Question(place, text, answers, names, images=tuple(opens for _, opens in images), sizes=sizes)
 
 
-def _check_image(name: str, opens: Callable[[], Image.Image]) -> None:
+def _size_of(name: str, opens: Callable[[], Image.Image]) -> tuple[int, int]:
     try:
-        opens()
+        return opens().size
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no image {name}.") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

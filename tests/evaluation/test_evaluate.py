@@ -192,6 +192,20 @@ def test_other_files_are_another_run(model, data, tmp_path):
     assert len(digests) == 2
 
 
+def test_an_image_that_the_processor_refuses_is_named_before_a_model_is_loaded(tmp_path, monkeypatch):
+    """Found on the way, it would cost the answers so far: with the line mended, it is another run."""
+    folder = export_small_model("fsr_qwen2_5_vl", tmp_path / "model")
+    lines = []
+    for name, size in (("usual", (60, 60)), ("long", (600, 6)), ("narrow", (900, 2))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+        lines.append(json.dumps({"image": f"{name}.png", "question": "what ?", "answer": "a cat"}))
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(lines))
+    monkeypatch.setattr(AutoModel, "from_pretrained", None)
+    result = invoke(folder, "--data", file, "--budgets", "0.5", "--output", tmp_path / "eval")
+    assert result.exit_code == 1 and f"{file}, line 3: absolute aspect ratio must be" in result.stderr
+
+
 def test_two_processes_find_the_same(finished, model, data, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "fsr_hf"]
