@@ -357,7 +357,8 @@ class FSRModelMixin(TextEncoderMixin):
         if input_ids is None:
             logger.warning_once(
                 "FSR got no `query_input_ids`, so visual tokens are ranked by saliency alone. The processor of this "
-                "model makes them from the question (`FSRLlavaProcessor`)."
+                "model makes them from the question (`FSRLlavaProcessor`). After its `bind_query` only the models "
+                "that it was given read the question."
             )
             return None
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

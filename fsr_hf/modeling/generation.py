@@ -18,7 +18,7 @@ from .conversation import (
     remember_positions,
 )
 from .guards import UNPRUNED, VERSION, Draft, PromptGuard, get_cache, guarded, is_filled
-from .offload import is_sharded
+from .offload import is_sharded, offloaded_params_loaded
 from .outer import OuterModelMixin
 from .prompt import CompressedPrompt, check_no_placeholders, compact_positions, infer_attention_mask
 from .signatures import FSR_ARGUMENTS, adopt_signature, check_arguments
@@ -85,7 +85,7 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
                 "`fsr_enabled=False`. Pass the whole conversation, pixels included, without a cache."
             )
         if not fsr.enabled and not has_own_layout and conversation is None:
-            with guarded(UNPRUNED):
+            with guarded(UNPRUNED), offloaded_params_loaded(self.model):
                 return super().generate(inputs, **arguments, **kwargs)
 
         visual = self.model.pop_visual(kwargs)
@@ -192,7 +192,7 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
         """The stock method on a prompt within its budget, or of words alone, whose cache a conversation may use."""
         cache = get_cache(kwargs)
         is_start = not is_filled(cache)  # else it holds what FSR did not write
-        with guarded(UNPRUNED if visual else None):
+        with guarded(UNPRUNED if visual else None), offloaded_params_loaded(self.model):
             output = super().generate(inputs, **arguments, **visual, **kwargs)
         is_tensor = isinstance(output, torch.Tensor)
         if is_start and words["input_ids"] is not None and not (is_tensor and cache is None):

@@ -302,10 +302,10 @@ def test_gradient_of_the_newline(model, budget):
 
 
 def test_offloaded_newline(model):
-    """`image_newline` belongs to no module whose call would load it: all pruned, and one whole beside pruned ones."""
+    """No call of a module would load `image_newline`: all pruned, one whole beside pruned ones, none pruned."""
     accelerate = pytest.importorskip("accelerate")
     batch = FAMILY.inputs([row((100, 140), (20, 1500)), row((30, 190))])
-    budgets = ({}, {"num_visual_tokens": AREA})
+    budgets = ({}, {"num_visual_tokens": AREA}, {"num_visual_tokens": 10**6}, {"fsr_enabled": False})
     expected = [model.generate(**batch, max_new_tokens=4, **budget) for budget in budgets]
     offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device="cpu")
     assert offloaded.model.image_newline.device.type == "meta"
