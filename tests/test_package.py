@@ -182,9 +182,10 @@ def test_workflows_call_targets_that_exist():
     makefile = (ROOT.parent / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([\w-]+):", makefile, flags=re.MULTILINE))
     for file in (ROOT.parent / ".github/workflows").glob("*.yml"):
-        (job,) = yaml.safe_load(file.read_text(encoding="utf-8"))["jobs"].values()
-        called = [row["target"] for row in job["strategy"]["matrix"]["include"] if "target" in row]
-        called += re.findall(r"make ([\w-]+)", str(job["steps"]))
-        assert called and set(called) <= targets, file
+        for job in yaml.safe_load(file.read_text(encoding="utf-8"))["jobs"].values():
+            matrix = job.get("strategy", {"matrix": {"include": []}})["matrix"]["include"]
+            called = [row["target"] for row in matrix if "target" in row]
+            called += re.findall(r"make ([\w-]+)", str(job["steps"]))
+            assert called and set(called) <= targets, file
     run = (ROOT.parent / ".ci/run").read_text(encoding="utf-8")
     assert set(re.search(r"for target in (.*);", run).group(1).split()) <= targets

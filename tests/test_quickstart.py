@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
-sys.path.insert(0, str(EXAMPLES))  # the notebook's `shapes_vqa`
+sys.path.append(str(EXAMPLES))  # the notebook's `shapes_vqa`
 from shapes_vqa.data import make_scene  # noqa: E402
 
 
