@@ -128,7 +128,7 @@ def build_app(model: str, device: str | None = None, max_new_tokens: int = 128) 
             raise gr.Error("Choose a picture first.", title="No picture")
         if not question.strip():
             raise gr.Error("Write a question first.", title="No question")
-        picture = hash(image.tobytes())
+        picture = hash((image.size, image.tobytes()))
         turns = session["turns"] if session["picture"] == picture else []
         yield _show(turns, question), _show(turns, question), gr.skip(), gr.skip(), "", gr.skip()
         try:
