@@ -40,6 +40,7 @@ ONCE = (
     "test_package.py",
     "test_quickstart.py",
     "test_shapes_vqa.py",
+    "test_trl.py",
     "test_web.py",
 )
 
