@@ -2,17 +2,16 @@
 
 from lmms_eval.models.registry_v2 import ModelManifest
 
+from ..hub.families import FAMILIES
+
 
 __all__ = ["MANIFESTS"]
 
-_CLASSES = {
-    "fsr_llava": "FSRLlava",
-    "fsr_llava_next": "FSRLlavaNext",
-    "fsr_llava_video": "FSRLlavaVideo",
-    "fsr_qwen2_5_vl": "FSRQwen2_5_VL",
-    "fsr_qwen3_vl": "FSRQwen3VL",
-}
+_MODULE = "fsr_hf.evaluation.lmms_eval_models"
 MANIFESTS = [
-    ModelManifest(model_id=name, chat_class_path=f"fsr_hf.evaluation.lmms_eval_models.{class_name}")
-    for name, class_name in _CLASSES.items()
+    ModelManifest(
+        model_id=family.config.model_type,
+        chat_class_path=f"{_MODULE}.{family.model.__name__.removesuffix('ForConditionalGeneration')}",
+    )
+    for family in FAMILIES
 ]
