@@ -121,15 +121,12 @@ def checks_block(results: Path) -> str:
     if attention := checks.get("attention"):
         common = attention["kept_in_common"]
         half = {name: share for name, share in common.items() if "float32" not in name}
+        full = min(share for name, share in common.items() if name not in half)
         lines.append(
-            f"- **Kept tokens under each attention**, against SDPA in float32: in float32 {min_share(common, half)} "
+            f"- **Kept tokens under each attention**, against SDPA in float32: in float32 {full:.1%} "
             f"in common, in bfloat16 at least {min(half.values()):.1%} ({', '.join(half)})."
         )
     return "\n".join(lines) + "\n\n" + provenance(checks.values())
-
-
-def min_share(shares: dict[str, float], without: dict[str, float]) -> str:
-    return f"{min(share for name, share in shares.items() if name not in without):.1%}"
 
 
 def prefill_block(results: Path, device: str) -> str:

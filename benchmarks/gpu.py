@@ -31,13 +31,13 @@ from fsr_hf.modeling import fsr, received_kernel, saliency, scan_kernel
 from fsr_hf.modeling.triton_launch import can_launch, is_interpreted
 
 from . import efficiency, growth
-from .models import MODELS, Prompt, build, make_inputs
+from .efficiency_docs import load
+from .models import build, make_inputs
 
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-4  # of a cosine; sums of a few thousand products in float32 are within 1e-5
-PROMPTS = {"llava": Prompt(), "llava_next": Prompt(), "qwen2_5_vl": Prompt(74), "llava_video": Prompt(8)}
 
 
 # ---------------------------------------------------------------------- kernels
@@ -174,17 +174,10 @@ def compare_attention(device: str, size: str) -> dict[str, Any]:
     """
     result: dict[str, Any] = {"size": size, "kept_in_common": {}, "failed": []}
     backends = ["eager", "sdpa", *["flash_attention_2"] * is_flash_attn_2_available()]
-    for family in MODELS:
-        if family not in PROMPTS:
-            continue
+    for family, prompt in {case.family: case.prompt for case in efficiency.CASES[size]}.items():
         kept: dict[str, list[set[int]]] = {}
         model = build(family, size, device, torch.float32)
         model.config.fsr_config.rho = 0.9  # `build` sets it so low that Scan, which hangs by the last digits, does all
-        prompt = (
-            PROMPTS[family]
-            if size != "tiny"
-            else next(case.prompt for case in efficiency.CASES["tiny"] if case.family == family)
-        )
         torch.manual_seed(0)
         inputs = make_inputs(model, family, prompt, 2)
         for dtype in (torch.float32, torch.bfloat16):
@@ -227,10 +220,6 @@ def is_done(results: dict[str, Any], name: str) -> bool:
     )
 
 
-def load(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
 def main(arguments: list[str] | None = None) -> None:
     checks = ("kernels", "tests", "attention")
     parts = (*checks, *efficiency.BUDGETS, "selection", *growth.SERIES)
@@ -261,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
     files = {name: options.output / f"{name}-{device}.json" for name in ("gpu", "efficiency", "growth")}
 
     def check(name: str, measure: Callable[[], dict[str, Any]]) -> None:
-        results = load(files["gpu"])
+        results = load(files["gpu"].stem, options.output)
         results[name] = measure() | provenance()
         files["gpu"].write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         if results[name]["failed"]:
@@ -277,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     start, failed, left = time.perf_counter(), [], []
     for part in options.parts or parts:
         module = "gpu" if part in checks else "growth" if part in growth.SERIES else "efficiency"
-        if is_done(load(files[module]), part) and not options.again:
+        if is_done(load(files[module].stem, options.output), part) and not options.again:
             print(f"{part}: done before", flush=True)
             continue
         if time.perf_counter() - start > options.limit:

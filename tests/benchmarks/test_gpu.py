@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from benchmarks.efficiency import Case
 from benchmarks.efficiency_docs import checks_block
 from benchmarks.models import Prompt
 from fsr_hf.modeling.fsr import _scan_with_torch
@@ -39,7 +40,7 @@ def test_scan_is_measured_against_the_equations():
 
 
 def test_selections_under_attention(monkeypatch):
-    monkeypatch.setattr(gpu, "PROMPTS", {"llava": Prompt()})
+    monkeypatch.setitem(gpu.efficiency.CASES, "tiny", [Case("llava", "tiny", Prompt(), 2)])
     found = gpu.compare_attention("cpu", "tiny")
     assert not found["failed"]
     assert found["kept_in_common"]["llava, eager, float32"] == 1.0
