@@ -28,7 +28,7 @@ from transformers.video_utils import VideoMetadata
 
 from .configuration.configuration_fsr import FSRConfig
 from .explain import check_fsr_model, load_visual
-from .machine import provenance
+from .machine import default_device, provenance
 from .modeling import clip_tower, fsr, modeling_fsr_llava_video
 from .modeling.fsr import VisualSelection
 from .modeling.guards import get_cache
@@ -676,7 +676,7 @@ def run_bench(
             f"--image-size {image_size[0]}x{image_size[1]} is too large: {num_frames or _NUM_FRAMES} frames of noise "
             f"would have {pixels:,} pixels, and may have {_MAX_PIXELS:,}. Choose a smaller size or fewer --num-frames."
         )
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = torch.device(device or default_device())
     torch.empty(0, device=target)  # fails, and says why, if there is none
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"--dtype {dtype} is not supported: choose one of {', '.join(_DTYPES)}.")

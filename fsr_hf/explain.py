@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
+from .machine import default_device
 from .modeling.fsr import VisualSelection
 from .processing.processing_fsr_llava_video import sample_frames
 from .processing.video_files import read_video
@@ -64,7 +65,7 @@ def load_fsr_model(model: str, device: str | None = None, trust_remote_code: boo
     runs the code in the checkpoint.
     """
     check_fsr_model(model, trust_remote_code)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
     return AutoModel.from_pretrained(model, trust_remote_code=trust_remote_code).to(device), processor
 

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 
 
-__all__ = ["machine_name", "package_versions", "provenance"]
+__all__ = ["default_device", "machine_name", "package_versions", "provenance"]
+
+
+def default_device() -> str:
+    """A GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def machine_name() -> str:

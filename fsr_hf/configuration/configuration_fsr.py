@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -222,6 +223,11 @@ class FSRConfig(PreTrainedConfig):
                 raise ValueError(f"`fsr_enabled={fsr_enabled!r}` is not allowed: it must be True or False.")
             config.enabled = fsr_enabled
         return config
+
+    def for_call(self, arguments: Mapping[str, Any]) -> "FSRConfig":
+        """As [`override`], with those of the `arguments` of a call that have these names."""
+        names = ("num_visual_tokens", "retention_ratio", "fsr_enabled")
+        return self.override(**{name: arguments.get(name) for name in names})
 
     def update(self, config_dict: dict[str, Any]) -> None:
         """As the stock method; both budgets at once are an error."""

@@ -17,7 +17,7 @@ import transformers
 
 from ..explain import check_fsr_model
 from ..hub.export import export
-from ..machine import machine_name
+from ..machine import default_device, machine_name
 from ..testing.small_llava import export_small_llava
 from .shapes_vqa import PICTURES, example_questions, shapes_vqa_folder
 
@@ -70,7 +70,7 @@ def run_demo(
     examples = example_questions()
     questions = [(str(example.image), example.question) for example in examples]
     options = {
-        "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "device": device or default_device(),
         "max_new_tokens": max_new_tokens,
     }
     with tempfile.TemporaryDirectory(prefix="fsr-hf-demo-") as temporary:

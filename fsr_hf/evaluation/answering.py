@@ -29,10 +29,8 @@ def label(budget: Budget) -> str:
 
 
 def options_of(budget: Budget) -> dict[str, Any]:
-    """Arguments of `generate` for a budget."""
-    if budget is None:
-        return {"fsr_enabled": False}
-    return {"fsr_enabled": True, "num_visual_tokens" if isinstance(budget, int) else "retention_ratio": budget}
+    """Arguments of `generate` for a budget, whether the checkpoint prunes by itself or not."""
+    return {"fsr_enabled": budget is not None} | Method(label(budget), budget).options
 
 
 def build_inputs(processor: Any, questions: Sequence[Question], instruction: str | None, num_frames: int) -> Any:

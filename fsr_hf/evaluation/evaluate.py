@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ..explain import check_fsr_model
-from ..machine import machine_name, package_versions
+from ..machine import default_device, machine_name, package_versions
 from ..processing.video_files import read_video
 from .answering import Budget, Records, answer, build_inputs, find_items, label
 from .questions import Question, load_questions
@@ -99,7 +99,7 @@ def run_eval(
     _check_arguments(budgets, metric, keep, dtype)
     # Under `accelerate launch` this also joins the processes; they do all checks alike.
     state = PartialState(cpu=device == "cpu")
-    target = state.device if state.num_processes > 1 else torch.device(device or _default_device())
+    target = state.device if state.num_processes > 1 else torch.device(device or default_device())
     torch.empty(0, device=target)  # fails, and says why, if there is none
     questions = load_questions(data, split)
     check_fsr_model(model, trust_remote_code)
@@ -184,10 +184,6 @@ def run_eval(
         return report
     finally:
         lock.release()
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @torch.no_grad()

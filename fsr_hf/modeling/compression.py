@@ -163,14 +163,9 @@ class FSRModelMixin(TextEncoderMixin):
             visual[name] = visual[name].cpu() if isinstance(visual[name], torch.Tensor) else visual[name]
         return visual
 
-    def config_of_call(self, kwargs: dict[str, Any]) -> Any:
-        """The model's [`FSRConfig`] with what the arguments of a call change."""
-        names = ("num_visual_tokens", "retention_ratio", "fsr_enabled")
-        return self.config.fsr_config.override(**{name: kwargs.get(name) for name in names})
-
     def will_prune(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call of `forward()` with these arguments drops a token, from the shapes of the pixels alone."""
-        fsr, visual = self.config_of_call(kwargs), self.pop_visual(dict(kwargs))
+        fsr, visual = self.config.fsr_config.for_call(kwargs), self.pop_visual(dict(kwargs))
         if visual is None or not fsr.enabled or self._runs_unpruned(kwargs):
             return False
         items = self.build_items(**visual)
@@ -386,7 +381,7 @@ class FSRModelMixin(TextEncoderMixin):
             kwargs = {name: value for name, value in kwargs.items() if name not in FSR_ARGUMENTS}
             return self._forward_stock(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         check_arguments(kwargs)
-        fsr = self.config_of_call(kwargs)
+        fsr = self.config.fsr_config.for_call(kwargs)
         call = {name: kwargs.pop(name, None) for name in FSR_ARGUMENTS}
         visual = self.pop_visual(kwargs) if fsr.enabled or self.has_own_layout(kwargs) else None
         if visual is None:

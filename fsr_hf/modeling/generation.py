@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
 
         call = {name: kwargs.pop(name, None) for name in FSR_ARGUMENTS}
         call |= _budget_of_call(call, generation_config, self.generation_config)
-        fsr = self.model.config_of_call(call)
+        fsr = self.config.fsr_config.for_call(call)
         options = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
         options.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         model_kwargs = options.update(**kwargs)
@@ -264,11 +265,7 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
             ("inputs_embeds", kwargs.get("inputs_embeds") is not None, unpruned),
             ("mm_encoder_outputs", kwargs.get("mm_encoder_outputs") is not None, unpruned),
         )
-        for name, is_refused, reason in refused:
-            if is_refused:
-                raise ValueError(
-                    f"`{name}` is not supported with FSR: {reason}. `fsr_enabled=False` runs the stock model."
-                )
+        _refuse(refused, "with FSR", "`fsr_enabled=False` runs the stock model.")
         # PEFT puts its own method on the model while it generates.
         peft_model = getattr(self.prepare_inputs_for_generation, "__self__", None)
         adapter: Any = getattr(peft_model, "active_peft_config", None)
@@ -300,12 +297,15 @@ class FSRGenerationMixin(OuterModelMixin, GenerationMixin):
             ("prompt_lookup_num_tokens", options.prompt_lookup_num_tokens is not None, again),
             ("use_cache", options.use_cache is False, "the earlier turns are in the cache alone"),
         )
-        for name, is_refused, reason in refused:
-            if is_refused:
-                raise ValueError(
-                    f"`{name}` is not supported where a conversation goes on from a cache: {reason}. Leave it out, or "
-                    "pass the whole conversation, pixels included, without a cache."
-                )
+        remedy = "Leave it out, or pass the whole conversation, pixels included, without a cache."
+        _refuse(refused, "where a conversation goes on from a cache", remedy)
+
+
+def _refuse(options: Iterable[tuple[str, Any, str]], where: str, remedy: str) -> None:
+    """Raise `ValueError` for the first option that is set: name, whether it is, and why it cannot be."""
+    for name, is_set, reason in options:
+        if is_set:
+            raise ValueError(f"`{name}` is not supported {where}: {reason}. {remedy}")
 
 
 def _budget_of_call(*sources: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import inspect
 from difflib import get_close_matches
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 from .guards import name_cache
@@ -68,11 +68,16 @@ def adopt_signature(cls: type, name: str, intro: str, own: dict[str, str], docs:
     setattr(cls, name, wrapper)
 
 
+@cache
+def _meant(name: str) -> str | None:
+    """The argument of FSR that a misspelt `name` stands for. A generation config has some 80 names in each call."""
+    return _NEAR.get(name) or next(iter(get_close_matches(name, FSR_ARGUMENTS, n=1, cutoff=0.8)), None)
+
+
 def check_arguments(kwargs: dict[str, Any]) -> None:
     """Reject misspelt FSR arguments (the stock `forward` swallows them) and settings that a call cannot change."""
     for name in kwargs.keys() - FSR_ARGUMENTS.keys():
         if name in _NO_ARGUMENTS:
             raise ValueError(f"`{name}` is no argument of a call: set `model.config.fsr_config.{name}`.")
-        meant = _NEAR.get(name) or next(iter(get_close_matches(name, FSR_ARGUMENTS, n=1, cutoff=0.8)), None)
-        if meant:
+        if meant := _meant(name):
             raise ValueError(f"`{name}` is no argument of the model. Did you mean `{meant}`?")

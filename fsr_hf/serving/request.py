@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from typing import Any
 
 
-__all__ = ["SETTINGS", "budget_settings", "call_config", "without_settings"]
+__all__ = ["SETTINGS", "budget_settings", "without_settings"]
 
 # Under the names of the model's `generate()` and of the processor.
 SETTINGS = frozenset({"num_visual_tokens", "retention_ratio", "fsr_enabled", "query"})
@@ -14,12 +14,6 @@ SETTINGS = frozenset({"num_visual_tokens", "retention_ratio", "fsr_enabled", "qu
 def without_settings(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that are the stock processor's."""
     return {name: value for name, value in kwargs.items() if name not in SETTINGS}
-
-
-def call_config(fsr: Any, kwargs: Mapping[str, Any]) -> Any:
-    """The server's settings `fsr` ([`FSRConfig`]) with those of a request."""
-    names = ("num_visual_tokens", "retention_ratio", "fsr_enabled")
-    return fsr.override(**{name: kwargs.get(name) for name in names})
 
 
 def budget_settings(fsr: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +38,7 @@ def budget_settings(fsr: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     query = kwargs.get("query")
     if query is not None and not isinstance(query, str):
         raise ValueError(f"`query={query!r}` is not allowed: it must be one text, which holds for the whole request.")
-    fsr = call_config(fsr, kwargs)
+    fsr = fsr.for_call(kwargs)
     if not fsr.enabled:
         return {"fsr_enabled": False}
     if fsr.retention_ratio is not None:

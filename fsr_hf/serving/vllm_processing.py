@@ -14,7 +14,7 @@ from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import PromptReplacement
 
-from .request import budget_settings, call_config, without_settings
+from .request import budget_settings, without_settings
 from .tower import build_inner, item_positions
 
 
@@ -126,7 +126,7 @@ class FSRMultiModalProcessorMixin:
 
     def _add_plans(self, data: Any, visual: dict[str, Any], kwargs: Mapping[str, Any]) -> None:
         config = self.info.get_hf_config()
-        fsr = call_config(config.fsr_config, kwargs)
+        fsr = config.fsr_config.for_call(kwargs)
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         plans: dict[str, list[list[int]]] = {}
         for item in self.inner.build_items(**visual):

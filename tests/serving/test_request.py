@@ -3,7 +3,7 @@
 import pytest
 
 from fsr_hf import FSRLlavaConfig
-from fsr_hf.serving.request import budget_settings, call_config, without_settings
+from fsr_hf.serving.request import budget_settings, without_settings
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_requests_that_mean_the_same_are_one(fsr, kwargs, expected):
 def test_the_config_of_a_request(fsr):
     """Of what `budget_settings` returned: the processor reads it once more."""
     for kwargs in ({}, {"num_visual_tokens": 64}, {"retention_ratio": 0.25}, {"fsr_enabled": False}):
-        config = call_config(fsr, budget_settings(fsr, kwargs))
+        config = fsr.for_call(budget_settings(fsr, kwargs))
         assert config.enabled is kwargs.get("fsr_enabled", True)
         assert config.retention_ratio == kwargs.get("retention_ratio")
         if config.retention_ratio is None:
