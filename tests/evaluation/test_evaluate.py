@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from clips import write_clip
+from drawn_questions import make_inputs
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoProcessor, LlavaConfig
 from typer.testing import CliRunner
@@ -82,14 +83,7 @@ def asked_alone(model, data):
     options = {"unpruned": {"fsr_enabled": False}, "48": {"num_visual_tokens": 48}, "0.1": {"retention_ratio": 0.1}}
     found = []
     for line in read_lines(data):
-        image = {"type": "image", "image": Image.open(data.parent / line["image"])}
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": [image, {"type": "text", "text": line["question"]}]}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        inputs = make_inputs(processor, data.parent / line["image"], line["question"])
         length = inputs["input_ids"].shape[1]
         answers = {}
         for label, budget in options.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from clips import write_clip
+from drawn_questions import make_inputs, write_task
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, LlavaForConditionalGeneration
 
@@ -21,54 +22,28 @@ from fsr_hf.testing.small_families import export_small_model
 
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: `make test-lmms-eval` installs and tests it")
-datasets = pytest.importorskip("datasets")
 
-from lmms_eval.api.instance import Instance  # noqa: E402
-from lmms_eval.models import get_model  # noqa: E402
-from lmms_eval.models.model_utils import gen_metrics  # noqa: E402
+from lmms_eval.api.instance import Instance
+from lmms_eval.models import get_model
+from lmms_eval.models.model_utils import gen_metrics
 
 
 SCRIPT = Path(__file__).parents[1] / "noted_process.py"
 QUESTIONS = json.loads((PICTURES / "questions.json").read_text(encoding="utf-8"))
 PATCHES = 144  # of a picture of the small checkpoint
-TASK = """
-task: drawn
-dataset_path: {data}
-dataset_kwargs: {{load_from_disk: true}}
-test_split: test
-output_type: generate_until
-doc_to_visual: !function drawn_pictures.pictures
-doc_to_text: "{{{{question}}}}"
-doc_to_target: answer
-generation_kwargs: {{max_new_tokens: 8}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-"""
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     """The folder of a task on this machine."""
     folder = tmp_path_factory.mktemp("task")
-    rows = [
-        {"image": Image.open(PICTURES / q["image"]).convert("RGB"), "question": q["question"], "answer": q["answer"]}
-        for q in QUESTIONS
-    ]
-    datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)}).save_to_disk(folder / "data")
-    (folder / "drawn.yaml").write_text(TASK.format(data=folder / "data"))
-    (folder / "drawn_pictures.py").write_text("def pictures(doc):\n    return [doc['image']]\n")
+    write_task(folder, "drawn", QUESTIONS)
     return folder
 
 
 def answer(model, processor, question, **settings):
     """By `generate()` itself: the answer, and the length of the caller's prompt."""
-    image = {"type": "image", "image": Image.open(PICTURES / question["image"]).convert("RGB")}
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": [image, {"type": "text", "text": question["question"]}]}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.dtype)
+    inputs = make_inputs(processor, PICTURES / question["image"], question["question"]).to(model.dtype)
     out = model.generate(**inputs, **settings, do_sample=False, max_new_tokens=8)
     length = inputs["input_ids"].shape[1]
     return processor.decode(out[0, length:], skip_special_tokens=True), length

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from drawn_questions import make_inputs, write_task
 from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
@@ -22,18 +22,6 @@ from fsr_hf.evaluation.lmms_eval_tasks import paper_results
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = json.loads((PICTURES / "questions.json").read_text(encoding="utf-8"))
-TASK = """
-task: drawn_{part}
-dataset_path: {data}
-dataset_kwargs: {{load_from_disk: true}}
-test_split: test
-output_type: generate_until
-doc_to_visual: !function drawn_pictures.pictures
-doc_to_text: "{{{{question}}}}"
-doc_to_target: answer
-generation_kwargs: {{max_new_tokens: 8}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-"""
 
 
 def invoke(*arguments):
@@ -139,14 +127,10 @@ def test_options_of_the_other_kind_are_refused(tmp_path):
 def task(tmp_path_factory):
     """The folder of a task on this machine."""
     pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: `make test-lmms-eval` installs and tests it")
-    datasets = pytest.importorskip("datasets")
     folder = tmp_path_factory.mktemp("task")
     for part, rows in (("first", QUESTIONS[:3]), ("second", QUESTIONS[3:])):
-        rows = [{**row, "image": Image.open(PICTURES / row["image"]).convert("RGB")} for row in rows]
-        datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)}).save_to_disk(folder / part)
-        (folder / f"{part}.yaml").write_text(TASK.format(part=part, data=folder / part))
+        write_task(folder, f"drawn_{part}", rows)
     (folder / "group.yaml").write_text("group: drawn\ntask: [drawn_first, drawn_second]\n")
-    (folder / "drawn_pictures.py").write_text("def pictures(doc):\n    return [doc['image']]\n")
     return folder
 
 
@@ -166,14 +150,7 @@ def test_the_command(task, tmp_path, monkeypatch):
     for label, (options, kept) in budgets.items():
         right, lengths = [], []
         for asked in QUESTIONS:
-            image = {"type": "image", "image": Image.open(PICTURES / asked["image"]).convert("RGB")}
-            inputs = processor.apply_chat_template(
-                [{"role": "user", "content": [image, {"type": "text", "text": asked["question"]}]}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            ).to(torch.bfloat16)
+            inputs = make_inputs(processor, PICTURES / asked["image"], asked["question"]).to(torch.bfloat16)
             length = inputs["input_ids"].shape[1]
             output = model.generate(**inputs, **options, max_new_tokens=8, do_sample=False)[0, length:]
             right.append(processor.decode(output, skip_special_tokens=True) == asked["answer"])
