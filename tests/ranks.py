@@ -1,9 +1,14 @@
-"""What each of two processes does for tests/test_distributed.py, and their start. They talk by gloo, on loopback."""
+"""
+What each of two processes does for tests/test_distributed.py, and their start. They talk by gloo, on loopback.
+
+    python ranks.py FOLDER
+
+starts them on the jobs in `FOLDER/jobs.pt`; what rank N gives is then in `FOLDER/N.pt`.
+"""
 
 import os
-from collections.abc import Callable
+import sys
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,19 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
 
-__all__ = ["ANSWER", "RANKS", "answer_of", "batch_of", "build", "run_on_ranks", "step", "work"]
+__all__ = ["ANSWER", "RANKS", "answer_of", "batch_of", "build", "step"]
 
 RANKS = 2
 ANSWER = {"max_new_tokens": 4, "do_sample": False}
 
 
-def run_on_ranks(function: Callable, folder: Path, *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` returns in each of new processes, which make a process group."""
-    torch.multiprocessing.spawn(_run, (function, str(folder), arguments), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
-
-
-def _run(rank, function, folder, arguments):
+def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     distributed.init_process_group(
@@ -38,7 +37,7 @@ def _run(rank, function, folder, arguments):
         timeout=timedelta(seconds=60),  # processes that wait for each other end so
     )
     try:
-        torch.save(function(*arguments), f"{folder}/{rank}.pt")
+        torch.save(work(torch.load(f"{folder}/jobs.pt", weights_only=False)), f"{folder}/{rank}.pt")
     finally:
         distributed.destroy_process_group()
 
@@ -116,3 +115,7 @@ def share_tensors(family, rows, fsr_config, folder) -> dict[str, Any]:
     batch = batch_of(family, rows[0])
     sizes = [p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters()]
     return {"answer": answer_of(model, batch), "local_size": sum(sizes)} | step(model, batch)
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(run_rank, sys.argv[1:], nprocs=RANKS, start_method="fork")

@@ -1,13 +1,11 @@
 """The examples, each run as its reader would run it."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+
+from isolated import ROOT, run_python
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 # Visual tokens, by hand: LLaVA-NeXT cuts a picture of 640 x 480 into 2 x 2 tiles of 24 x 24 patches, less 6 rows at
 # top and bottom that unpadding takes, with a newline a row; Qwen2.5-VL sees 644 x 476 pixels of it in 23 x 17 tokens,
@@ -27,9 +25,8 @@ NUMBERS = {
 
 
 def test_families(tmp_path):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, str(EXAMPLES / "families.py")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    path = [EXAMPLES, ROOT]
+    done = run_python(EXAMPLES / "families.py", cwd=tmp_path, path=path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "random" in done.stdout.partition("\n")[0]
     line = re.compile(r"(fsr_\w+) +(\S.*?) +(\d+) -> (\d+) +(\d+) -> (\d+) +(\d+) -> (\d+)  (\w.*)")

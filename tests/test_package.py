@@ -1,7 +1,6 @@
 """The package as others see it: its names, what importing it needs, what its wheel holds."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from isolated import run_python
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 import fsr_hf
+from fsr_hf.hub.cards import render_card
 from fsr_hf.modeling.guards import TESTED_UP_TO
 
 
@@ -97,16 +98,19 @@ def test_wheel_holds_the_data(wheel, tmp_path):
     script = """
 from fsr_hf.demo.run import PICTURES
 from fsr_hf.demo.shapes_vqa import shapes_vqa_folder
-from fsr_hf.hub.cards import card_folder
-print(shapes_vqa_folder() / "config.json", card_folder() / "cards.yaml", PICTURES / "questions.json", sep="\\n")
+from fsr_hf.hub.cards import card_folder, render_card
+print(len(str(render_card("llava-1.5-7b"))), card_folder(), shapes_vqa_folder(), PICTURES, sep="\\n")
 """
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = run_python("-c", script, cwd=tmp_path, path=[tmp_path / "installed"])
     assert done.returncode == 0, done.stderr[-2000:]
-    files = [Path(line) for line in done.stdout.splitlines()]
-    assert all(file.is_file() and file.is_relative_to(tmp_path / "installed") for file in files), files
+    length, *folders = done.stdout.splitlines()
+    cards, checkpoint, pictures = map(Path, folders)
+    assert cards == tmp_path / "installed/fsr_hf/hub_cards"
+    for name in ("model_card.md", "cards.yaml"):
+        assert (cards / name).read_bytes() == (ROOT.parent / "hub_cards" / name).read_bytes()
+    assert int(length) == len(str(render_card("llava-1.5-7b")))
+    for file in (checkpoint / "config.json", pictures / "questions.json"):
+        assert file.is_file() and file.is_relative_to(tmp_path / "installed")
 
 
 def test_an_editable_install_is_this_folder(tmp_path):

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -31,8 +32,6 @@ from fsr_hf.explain import load_fsr_model
 from fsr_hf.hub.space import write_space
 from fsr_hf.testing.small_families import export_small_model
 
-
-pytestmark = pytest.mark.xdist_group("web")
 
 NUM_TOKENS, BUDGET = 144, 16  # of the small LLaVA: 12 x 12 patches, a ninth
 EXAMPLES = {example.image.stem: example for example in example_questions()}
@@ -277,6 +276,7 @@ def running(folder: Path, log: Path):
             while process.poll() is None:
                 with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=0.2):
                     break
+                time.sleep(0.2)
             assert process.poll() is None, log.read_text()
             yield f"http://127.0.0.1:{port}"
         finally:

@@ -4,13 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
 from isolated import run_isolated
 
 
-__all__ = ["in_one_worker", "run_clean"]
-
-in_one_worker = pytest.mark.xdist_group("clean processes")  # whose fixture takes long
+__all__ = ["run_clean"]
 
 
 def run_clean(folder: Path, output_dir: Path, hub_id: str | None = None) -> dict:

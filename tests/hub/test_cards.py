@@ -2,12 +2,8 @@
 
 import copy
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-import zipfile
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -18,6 +14,7 @@ import numpy as np
 import pytest
 from clips import write_clip
 from huggingface_hub import ModelCard
+from isolated import run_python
 from PIL import Image
 
 import fsr_hf
@@ -430,29 +427,6 @@ def test_base_of_a_source(tmp_path):
         assert read_base(tmp_path, tmp_path) == (None, {})
 
 
-def test_wheel_brings_template_and_data(tmp_path):
-    root = Path(fsr_hf.__file__).parents[1]
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=120)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    for name in ("model_card.md", "cards.yaml"):
-        assert (tmp_path / "site/fsr_hf/hub_cards" / name).read_bytes() == (root / "hub_cards" / name).read_bytes()
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from fsr_hf.hub.cards import card_folder, render_card\n"
-        "print(card_folder())\n"
-        "print(len(str(render_card('llava-1.5-7b'))))"
-    )
-    command = [sys.executable, "-I", "-c", script, str(tmp_path / "site")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    installed, length = done.stdout.splitlines()
-    assert Path(installed) == tmp_path / "site/fsr_hf/hub_cards"
-    assert int(length) == len(str(render_card("llava-1.5-7b")))
-
-
 @pytest.mark.parametrize("model_type", card_data()["families"])
 def test_examples_run(model_type, tmp_path):
     """A reader copies the python blocks of a card, all of them, where transformers and PEFT are installed alone."""
@@ -470,9 +444,8 @@ def test_examples_run(model_type, tmp_path):
     write_clip(work / "video.mp4")
 
     script = Path(__file__).with_name("card_process.py")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", str(script), *(f"{name}.md" for name in names)]
-    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=600)
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = run_python(script, *(f"{name}.md" for name in names), cwd=work, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((work / "report.json").read_text())
     assert list(report) == [f"{name}.md" for name in names]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hub.clean_run import in_one_worker, run_clean
+from hub.clean_run import run_clean
 from hub.tiny_checkpoints import SIDE
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
@@ -48,7 +48,6 @@ def generations(checkpoints, tmp_path_factory) -> list[tuple[Path, dict]]:
     return [(checkpoints.fsr, first_report), (second, second_report), (third, {})]
 
 
-@in_one_worker
 def test_folder_works_in_a_clean_process(generations):
     _, report = generations[0]
     assert report["missing"] == report["unexpected"] == []
@@ -66,13 +65,11 @@ def test_folder_works_in_a_clean_process(generations):
     assert report["fsr_hf"] == []
 
 
-@in_one_worker
 def test_no_trust_no_model(generations):
     for refusal in generations[0][1]["refusals"].values():
         assert "trust_remote_code=True" in refusal
 
 
-@in_one_worker
 def test_clean_process_computes_what_the_installed_package_does(checkpoints, generations):
     _, report = generations[0]
     model = FSRLlavaForConditionalGeneration.from_pretrained(checkpoints.fsr)
@@ -95,7 +92,6 @@ def test_clean_process_computes_what_the_installed_package_does(checkpoints, gen
     assert model.generate(**inputs, max_new_tokens=4, do_sample=False).tolist() == ids.tolist()
 
 
-@in_one_worker
 def test_generations_stay_equal(generations):
     (first, first_report), (second, second_report), (third, _) = generations
     for key in ("digest", "tokens", "pipeline", "missing", "classes"):

@@ -1,7 +1,7 @@
 """A stock LLaVA-NeXT checkpoint becomes a Hub folder that works where the package is not installed."""
 
 import torch
-from hub.clean_run import in_one_worker, run_clean
+from hub.clean_run import run_clean
 from hub.tiny_checkpoints import SIDE, tiny_clip
 from old_keys import old_llava_key
 from PIL import Image
@@ -58,7 +58,6 @@ def save_stock(clip, folder):
     return model.state_dict()
 
 
-@in_one_worker
 def test_export_works_in_a_clean_process(tmp_path):
     torch.manual_seed(0)
     clip = tiny_clip()

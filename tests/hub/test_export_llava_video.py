@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from families import TEXT_CONFIG, initialize
-from hub.clean_run import in_one_worker, run_clean
+from hub.clean_run import run_clean
 from original_llava_video import save_original
 from PIL import Image
 from processing.tiny_tokenizers import qwen_tokenizer
@@ -55,7 +55,6 @@ def ask(processor, content, **kwargs):
     )
 
 
-@in_one_worker
 def test_export_works_in_a_clean_process(tmp_path):
     weights = save(tmp_path / "original")
     folder = export(tmp_path / "original", tmp_path / "fsr", fsr_config={"num_visual_tokens": 3})

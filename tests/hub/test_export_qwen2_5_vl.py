@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hub.clean_run import in_one_worker, run_clean
+from hub.clean_run import run_clean
 from hub.tiny_checkpoints import tiny_clip
 from old_keys import old_qwen_key
 from PIL import Image
@@ -34,7 +34,6 @@ def stock(tmp_path):
     return folder
 
 
-@in_one_worker
 def test_export_works_in_a_clean_process(stock, tmp_path):
     folder = export(stock, tmp_path / "fsr", fsr_config={"num_visual_tokens": 3}, progress=False)
     model, info = FSRQwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)

@@ -4,9 +4,6 @@ package pushes, and one without it, whose cache is empty, loads.
 """
 
 import json
-import os
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,14 +11,11 @@ from typing import NamedTuple
 
 import pytest
 from hub.hub_server import Fault, HubServer
+from isolated import ROOT, TESTS, run_python
 
 from fsr_hf.testing.small_families import SMALL_FAMILIES
 
 
-FAMILIES = [
-    pytest.param(model_type, marks=pytest.mark.xdist_group(f"hub {model_type}"), id=model_type)
-    for model_type in SMALL_FAMILIES
-]
 # Status (0: the connection is lost in the middle), file, and what loads it. The first family tries them all.
 FAULTS = [
     (401, "config.json", "AutoConfig"),
@@ -47,50 +41,24 @@ class RoundTrip(NamedTuple):
     loaded: dict  # of `hub_process.py`
 
 
-def run(script: str, *arguments: str, isolated: bool, **environment: str) -> None:
-    """Runs a script of this folder; `-I` leaves out what PYTHONPATH names: the tests and the package."""
-    here = Path(__file__).parent
-    paths = [str(here.parent), str(here.parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    done = subprocess.run(
-        [sys.executable, *(["-I"] if isolated else []), str(here / script), *arguments],
-        env={
-            **os.environ,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "PYTHONPATH": os.pathsep.join(paths),
-            **environment,
-        },
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+def run(script: str, model_type: str, output_dir: Path, *arguments: str, path: list[Path], **environment: str) -> None:
+    """Runs a script of this folder."""
+    environment |= {"HF_HOME": str(output_dir / "cache"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    script = Path(__file__).with_name(script)
+    done = run_python(script, model_type, output_dir, *arguments, cwd=output_dir, path=path, **environment)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=SMALL_FAMILIES)
 def trip(request, tmp_path_factory):
     model_type = request.param
     here, there = tmp_path_factory.mktemp("here"), tmp_path_factory.mktemp("there")
     faults = FAULTS if model_type == "fsr_llava" else []
     with HubServer() as hub:
         endpoint = {"HF_ENDPOINT": hub.url}
-        run(
-            "push_process.py",
-            *(model_type, str(here)),
-            isolated=False,
-            HF_HOME=str(here / "cache"),
-            HF_TOKEN=hub.token,
-            **endpoint,
-        )
+        run("push_process.py", model_type, here, path=[TESTS, ROOT], HF_TOKEN=hub.token, **endpoint)
         pushed = json.loads((here / "pushed.json").read_text())
-        run(
-            "hub_process.py",
-            *(model_type, str(there), json.dumps(faults)),
-            isolated=True,
-            HF_HOME=str(there / "cache"),
-            **endpoint,
-        )
+        run("hub_process.py", model_type, there, json.dumps(faults), path=[], **endpoint)
         yield RoundTrip(hub, pushed, json.loads((there / "report.json").read_text()))
 
 
@@ -188,7 +156,7 @@ def test_adapter_from_the_hub(trip):
     assert trip.loaded["plain_logits"] != pytest.approx(trip.pushed["lora_logits"], rel=1e-2, abs=1e-3)
 
 
-@pytest.mark.parametrize("trip", FAMILIES[:1], indirect=True)
+@pytest.mark.parametrize("trip", ["fsr_llava"], indirect=True)
 def test_failures_are_named_and_a_retry_works(trip):
     assert [tuple(fault[:2]) for fault in trip.loaded["faults"]] == [fault[:2] for fault in FAULTS]
     for status, file, failed, retried, asked in trip.loaded["faults"]:

@@ -11,8 +11,6 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +20,7 @@ import pytest
 import torch
 from hub.tiny_checkpoints import edit_json
 from huggingface_hub.hf_api import RepoFile
+from isolated import ROOT, run_python
 from processing.tiny_tokenizers import clip_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
@@ -629,7 +628,7 @@ def test_a_disk_that_fills_while_the_text_side_is_written(source, checkpoints, t
     )
     assert (source / "model.safetensors").stat().st_size < 10**6
     arguments = ["export", str(source), str(tmp_path / "fsr"), "--text-encoder", str(clip)]
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
+    done = run_python("-c", script, *arguments, cwd=tmp_path, path=[ROOT])
     assert done.returncode == 1
     assert re.search(
         r"^fsr-hf: .*model-00002-of-00002.safetensors cannot be written: .*Is the disk full\?$",

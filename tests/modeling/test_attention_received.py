@@ -1,10 +1,10 @@
 """Attention received, against maps written out in float64, and what it needs in memory."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
+from isolated import ROOT, run_python
 from received import queries_and_keys, received_by_maps
 
 from fsr_hf.modeling import saliency
@@ -71,7 +71,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
-def test_memory_does_not_grow_with_the_square():
+def test_memory_does_not_grow_with_the_square(tmp_path):
     """All maps of these 6,144 tokens are 2,304 MiB; a block is 4 MiB, and copies of query and key are 6 MiB each."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 150
+    done = run_python("-c", MEMORY, cwd=tmp_path, path=[ROOT])
+    assert done.returncode == 0 and float(done.stdout) < 150, done.stderr

@@ -3,14 +3,12 @@ What a version of transformers that nobody has seen might do between `generate()
 raise, and no other tokens come out.
 """
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from families import FAMILIES, models
+from isolated import ROOT, TESTS, run_python
 from transformers import DynamicCache, GenerationMixin, LogitsProcessorList
 
 from fsr_hf.modeling import guards
@@ -125,15 +123,13 @@ def test_both_names_of_the_cache():
 def test_warning_of_a_newer_version(silence):
     """Once, however many models are built."""
     program = (
-        "import sys; sys.path.insert(0, 'tests')\n"
         "from fsr_hf.modeling import guards\n"
         "guards.VERSION, guards.transformers_version = (99, 1), '99.1.0'\n"
         "from families import FAMILIES\n"
         "FAMILIES['llava'].build(); FAMILIES['llava'].build()\n"
     )
-    environment = {**os.environ, "FSR_SILENCE_VERSION_WARNING": "1" if silence else "0"}
-    result = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
+    silenced = {"FSR_SILENCE_VERSION_WARNING": "1" if silence else "0"}
+    result = run_python("-c", program, cwd=TESTS, path=[TESTS, ROOT], **silenced)
+    assert result.returncode == 0, result.stderr
     warning = "FSR was tested with transformers up to 5.24; this is 99.1.0. Check it with `fsr-hf verify --run FOLDER`"
     assert result.stderr.count(warning) == (0 if silence else 1), result.stderr

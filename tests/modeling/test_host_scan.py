@@ -1,11 +1,11 @@
 """Scan on the CPU against the loop over anchors that other devices run, and against the equations in float64."""
 
 import random
-import subprocess
 import sys
 
 import pytest
 import torch
+from isolated import ROOT, run_python
 from selection_checks import check_exact_pools, same_selection
 
 from fsr_hf.modeling import fsr, host_scan
@@ -159,7 +159,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
-def test_memory_does_not_grow_with_the_square():
+def test_memory_does_not_grow_with_the_square(tmp_path):
     """All pairs of these 20,000 tokens are 1,526 MiB, and those of anchors and tokens 76 MiB."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 150
+    done = run_python("-c", MEMORY, cwd=tmp_path, path=[ROOT])
+    assert done.returncode == 0 and float(done.stdout) < 150, done.stderr
