@@ -12,9 +12,9 @@ TESTED := requirements/tested.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-# The tests run in two processes, of one thread each.
+# The tests run in two processes, of one thread each, and a file in one of them: tests/conftest.py orders the files.
 test test-newest test-floor: export OMP_NUM_THREADS ?= 1
-PYTEST := -m pytest -n 2 --dist loadgroup
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-newest test-floor test-vllm test-lmms-eval check format pin clean
 

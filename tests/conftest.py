@@ -44,13 +44,29 @@ ONCE = (
     "test_web.py",
 )
 
+# The files that take longest begin, so that no process waits for another one in the end.
+LONGEST = (
+    "test_contract.py",
+    "modeling/test_kernels.py",
+    "hub/test_round_trip.py",
+    "test_serve.py",
+    "test_checkpoint.py",
+    "hub/test_hostile_folders.py",
+    "hub/test_cards.py",
+    "benchmarks/test_gpu.py",
+    "evaluation/test_evaluate.py",
+    "test_quickstart.py",
+)
+
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
-    if missing := [name for name in ONCE if not (here / name).exists()]:
-        raise pytest.UsageError(f"ONCE of {__file__} names {missing}, which do not exist")
+    if missing := [name for name in (*ONCE, *LONGEST) if not (here / name).exists()]:
+        raise pytest.UsageError(f"{__file__} names {missing}, which do not exist")
     for item in items:
         path = item.path.relative_to(here)
         if any(path.is_relative_to(name) for name in ONCE):
             item.add_marker("once")
+    order = {here / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))

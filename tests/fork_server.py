@@ -31,10 +31,13 @@ def become(job: dict) -> list[str]:
 
 
 def run(first: str, *rest: str) -> None:
-    """`python FIRST ...`: a script, or `-c` and code."""
+    """`python FIRST ...`: a script, `-c` and code, or `-m` and a module."""
     if first == "-c":
         sys.argv = ["-c", *rest[1:]]
         exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif first == "-m":
+        sys.argv = ["-m", *rest[1:]]
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv = [first, *rest]
         runpy.run_path(first, run_name="__main__")

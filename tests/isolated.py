@@ -30,8 +30,8 @@ def run_python(
     *arguments: str | Path, cwd: Path, path: list[Path] | None = None, **environment: str
 ) -> subprocess.CompletedProcess:
     """
-    What `python ARGUMENTS` comes to, a script or `-c` and code, in the folder `cwd`. As with `-I`, the process sees
-    neither the tests nor PYTHONPATH, but it sees the folders `path`.
+    What `python ARGUMENTS` comes to (a script, `-c` and code, or `-m` and a module) in the folder `cwd`. As with `-I`,
+    the process sees neither the tests nor PYTHONPATH, but it sees the folders `path`.
     """
     server = _server()
     with tempfile.TemporaryDirectory() as folder:

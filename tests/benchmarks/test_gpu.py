@@ -4,10 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from isolated import ROOT, run_python
 
 from benchmarks import gpu
 from benchmarks.efficiency import Case
@@ -47,32 +47,40 @@ def test_selections_under_attention(monkeypatch):
     assert found["kept_in_common"]["llava, sdpa, bfloat16"] >= 0.9
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
-    return subprocess.run(
-        command, cwd=Path(gpu.__file__).parents[1], env=os.environ | environment, capture_output=True, text=True
-    )
+COMMANDS = """
+import sys
+from benchmarks import gpu
+for more in (["--limit", "0"], [], []):
+    gpu.main([*sys.argv[1:], *more])
+    print("end of a call")
+"""
 
 
 def test_the_command_in_the_interpreter(tmp_path):
+    """Three calls, of which the last finds all done. The interpreter has to be chosen before triton is imported."""
     pytest.importorskip("triton")
     arguments = ("--quick", "--problems", "3", "--output", str(tmp_path), "--parts", "kernels", "fixed")
-    done = run(*arguments, "--limit", "0", TRITON_INTERPRET="1")
-    assert done.stdout == "left for the next call: kernels, fixed\n", done.stderr
-    done = run(*arguments, TRITON_INTERPRET="1")
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
+    first, second, third, _ = done.stdout.split("end of a call\n")
+    assert first == "left for the next call: kernels, fixed\n"
+    assert "done before" not in second and third.count("done before") == 2
     kernels = json.loads((tmp_path / "gpu-cpu.json").read_text())["kernels"]
     assert kernels["problems"] == 3 and not kernels["failed"]
     assert 0 < kernels["scan_excess"] < 1e-5 and 0 < kernels["attention_error"] < 1e-3
     assert json.loads((tmp_path / "growth-cpu.json").read_text())["fixed"]["points"]
-    done = run(*arguments, TRITON_INTERPRET="1")
-    assert done.stdout.count("done before") == 2
     (tmp_path / "gpu-cpu.json").rename(tmp_path / "gpu-cuda.json")
     assert "3 problems each, up to 60 tokens: 0 wrong" in checks_block(tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu():
-    done = run()
+    done = run_python("-m", "benchmarks.gpu", cwd=ROOT, path=[ROOT])
     assert done.returncode == 2
     assert "torch finds no GPU" in done.stderr

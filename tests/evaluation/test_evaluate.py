@@ -6,14 +6,12 @@ models of the other families see how many tokens they should.
 import json
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from clips import write_clip
 from drawn_questions import make_inputs
+from isolated import ROOT, run_python
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoProcessor, LlavaConfig
 from typer.testing import CliRunner
@@ -201,12 +199,11 @@ def test_an_image_that_the_processor_refuses_is_named_before_a_model_is_loaded(t
 
 
 def test_two_processes_find_the_same(finished, model, data, tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "fsr_hf"]
-    command = [sys.executable, *launch, "eval", model, "--data", data, "--output", tmp_path / "eval", *OPTIONS]
-    path = os.pathsep.join([str(Path(fsr_hf.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
+    command = [*launch, "eval", model, "--data", data, "--output", tmp_path / "eval", *OPTIONS]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = run_python("-m", *command, cwd=tmp_path, PYTHONPATH=path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     assert {file.name for file in tmp_path.glob("eval/records-*")} == {"records-0.jsonl", "records-1.jsonl"}
     assert done.stdout.count("Written to") == 1

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, models
+from isolated import ROOT, run_python
 
 from fsr_hf.modeling import compression, fsr, received_kernel, scan_kernel
 from fsr_hf.modeling import saliency as saliency_module
@@ -21,10 +22,10 @@ from fsr_hf.modeling.saliency import attention_received
 from fsr_hf.modeling.triton_launch import can_launch
 
 
-@pytest.mark.parametrize("checks", ["kernel_checks.py", "kernel_trust_checks.py"])
-def test_kernels_in_the_interpreter(checks):
+def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(checks))]
+    files = [str(Path(__file__).with_name(name)) for name in ("kernel_checks.py", "kernel_trust_checks.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -94,13 +95,6 @@ def test_kernels_compile(name, architecture, monkeypatch, tmp_path):
         assert compiled.metadata.shared <= 99 * 1024
 
 
-def run(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
-
-
 WITHOUT = """
 import sys
 sys.modules["triton"] = None  # what a machine without it comes to
@@ -115,9 +109,10 @@ print(selection.indices.tolist())
 """
 
 
-def test_works_without_triton():
+def test_works_without_triton(tmp_path):
     expected = select_visual_tokens(torch.eye(8)[None], torch.arange(8.0)[None], None, 3).indices
-    assert run(WITHOUT) == str(expected.tolist())
+    done = run_python("-c", WITHOUT, cwd=tmp_path, path=[ROOT])
+    assert done.returncode == 0 and done.stdout.strip() == str(expected.tolist()), done.stderr
 
 
 def test_kernels_are_for_gpus():
