@@ -341,7 +341,13 @@ PUBLISHED = [
     *QWEN,
     *QWEN3,
 ]
-PROMPTS = [pytest.param(model, name, id=f"{model}-{name}") for model in PUBLISHED for name in model.prompts]
+# Every model reads a picture. Sizes of a family differ in nothing that knows of time, so one of them reads the video.
+PROMPTS = [
+    pytest.param(model, name, id=f"{model}-{name}")
+    for model in PUBLISHED
+    for name in model.prompts
+    if name != "32 frames" or model in (LLAVA_VIDEO, QWEN[0], QWEN3[0])
+]
 
 
 @functools.cache

@@ -51,12 +51,12 @@ def test_equals_torch(dtype, way, monkeypatch):
     features[0, 3], features[1, 140], features[0, 149] = 0.0, torch.inf, torch.nan
     saliency, relevance = torch.rand(2, 2, 150, generator=generator) ** 2
     mask = torch.rand(2, 150, generator=generator) < 0.9
-    arguments = (features, saliency, relevance, torch.tensor([40, 25]))
-    options = {"mask": mask, "rho": 0.4, "max_num_visual_tokens": 40}
+    arguments = (features, saliency, relevance, torch.tensor([24, 15]))
+    options = {"mask": mask, "rho": 0.4, "max_num_visual_tokens": 24}
     selection = select_visual_tokens(*arguments, **options)
     monkeypatch.setattr(fsr, "can_scan_on_gpu", lambda *args: False)
     expected = select_visual_tokens(*arguments, **options)
-    assert (~expected.is_focus & (expected.indices >= 0)).sum() > 30
+    assert (~expected.is_focus & (expected.indices >= 0)).sum() > 18
     for either in (selection, expected):
         either.features.nan_to_num_(posinf=7.0)
     same_selection(selection, expected, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=1e-5)
