@@ -22,8 +22,9 @@ TOKENS = 8
 
 
 def record(model):
-    """Note what the encoder of the model returns."""
+    """Note what the encoder of the model returns, from here on: vLLM has tried it out before it compiles a model."""
     encode, model.fsr_log = model.encoder, []
+    encode.num_encoded, encode.cache = 0, type(encode.cache)(encode.cache.max_bytes)
 
     def recorded(visual, budgets, keys, query=None):
         kept = encode(visual, budgets, keys, query)
@@ -36,14 +37,23 @@ def record(model):
 
 def take_log(model):
     log, model.fsr_log = model.fsr_log, []
-    return log, model.fsr_encoder.num_encoded, len(model.fsr_encoder.cache), model.fsr_encoder.cache.num_bytes
+    cache = model.fsr_encoder.cache
+    return {
+        "kept": log,
+        "num_encoded": model.fsr_encoder.num_encoded,
+        "num_cached": len(cache),
+        "num_bytes": cache.num_bytes,
+    }
 
 
 def run(options, batches):
     from vllm import LLM, SamplingParams
+    from vllm.compilation.counter import compilation_counter
 
     options = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 16, "block_size": 32, **options}
     is_fsr = options.pop("is_fsr", True)
+    if options.get("tensor_parallel_size", 1) > 1:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # by itself, vLLM wants a NUMA node for each rank
     llm = LLM(**options)
     if is_fsr:
         llm.apply_model(record)
@@ -55,7 +65,7 @@ def run(options, batches):
         except ValueError as error:
             results.append({"error": str(error)})
             continue
-        log, num_encoded, num_cached, num_bytes = llm.apply_model(take_log)[0] if is_fsr else ([], 0, 0, 0)
+        ranks = llm.apply_model(take_log) if is_fsr else [{"num_encoded": 0}]
         results.append(
             {
                 "tokens": [list(output.outputs[0].token_ids) for output in outputs],
@@ -68,13 +78,13 @@ def run(options, batches):
                 ],
                 "lengths": [len(output.prompt_token_ids) for output in outputs],
                 "prefix_hits": [output.num_cached_tokens for output in outputs],
-                "kept": log,
-                "num_encoded": num_encoded - num_before,
-                "num_cached": num_cached,
-                "num_bytes": num_bytes,
+                **ranks[0],
+                "num_encoded": ranks[0]["num_encoded"] - num_before,
+                "kept_by_rank": [rank.get("kept") for rank in ranks],
+                "is_compiled": compilation_counter.num_models_seen > 0,
             }
         )
-        num_before = num_encoded
+        num_before = ranks[0]["num_encoded"]
     return results
 
 

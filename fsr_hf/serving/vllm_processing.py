@@ -97,7 +97,7 @@ class FSRMultiModalProcessorMixin:
         return query
 
     def _check_positions(self, result: Any) -> None:
-        """Positions of the whole prompt must fit, of which the language model gets some."""
+        """The positions of the whole prompt must fit, though the language model gets the kept tokens alone."""
         config = self.info.get_hf_config()
         if config.fsr_config.positions != "original":
             return
@@ -110,7 +110,9 @@ class FSRMultiModalProcessorMixin:
         while len(self.num_dropped) > _NUM_REMEMBERED:
             self.num_dropped.popitem(last=False)
         length, limit = len(result["prompt_token_ids"]) + dropped, config.get_text_config().max_position_embeddings
-        if length > limit:
+        # vLLM checks the length of prompts itself, so one that drops nothing needs no check here. The image of its
+        # profile run drops nothing, and may be larger than any prompt.
+        if dropped and length > limit:
             raise ValueError(
                 f"The prompt takes {length} positions, {dropped} of them for visual tokens that are dropped, but the "
                 f"language model has {limit}. Send fewer or smaller images, or serve with --hf-overrides "

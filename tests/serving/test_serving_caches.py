@@ -33,12 +33,17 @@ def ask(picture, question, **settings):
     return {"prompt": prompt, "multi_modal_data": data, "mm_processor_kwargs": settings, **uuids}
 
 
+def mixed(questions):
+    """Requests of several budgets."""
+    return [ask(*q, num_visual_tokens=budget) for q, budget in zip(questions, [8, 16, 48, 100, 144] * 4)]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, questions):
     """By name, the results of batches that one engine answers one after the other."""
     picture, other = questions[3][0], questions[5][0]
     batches = {
-        "mixed": [ask(*q, num_visual_tokens=budget) for q, budget in zip(questions, [8, 16, 48, 100, 144] * 4)],
+        "mixed": mixed(questions),
         "unpruned": [ask(*q, fsr_enabled=False) for q in questions],
         # The matrix: each batch differs from the first in one thing.
         "picture A, question 1": [ask(picture, FIRST, num_visual_tokens=64)],
@@ -82,6 +87,12 @@ def test_mixed_budgets_answer_as_transformers(results, reference, questions):
     assert result["tokens"] == [answer.tokens for answer in expected]
     assert result["lengths"] == [answer.length for answer in expected]
     assert sorted(result["kept"]) == sorted(run for answer in expected for run in answer.kept)
+
+
+def test_compiled_answers_are_the_same(tmp_path, results, questions):
+    (found,) = run_engine(tmp_path, FOLDER, [mixed(questions)], enforce_eager=False, max_model_len=LENGTH)
+    assert found["is_compiled"] and not results["mixed"]["is_compiled"]
+    assert found["tokens"] == results["mixed"]["tokens"] and sorted(found["kept"]) == sorted(results["mixed"]["kept"])
 
 
 def test_two_pictures_and_long_questions_answer_as_transformers(results, reference, questions):

@@ -1,6 +1,7 @@
 """
-Every family but LLaVA-1.5 in a vLLM engine against the transformers model: what the encoder keeps, what the language
-model sees, and what it answers. Steps are so short that prompts are cut inside of images.
+Every family but LLaVA-1.5 in a vLLM engine, with `enforce_eager` and compiled, against the transformers model: what
+the encoder keeps, what the language model sees, and what it answers. Steps are so short that prompts are cut inside of
+images.
 """
 
 from typing import Any
@@ -129,27 +130,32 @@ REFUSALS = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module", params=[(name, is_eager) for name in CASES for is_eager in (True, False)],
+    ids=lambda param: f"{param[0]}, {'eager' if param[1] else 'compiled'}",
+)  # fmt: skip
 def answers(request, tmp_path_factory):
-    folder = export_small_model(request.param, tmp_path_factory.mktemp(request.param))
-    cases, is_qwen = CASES[request.param](), "qwen" in request.param
+    name, is_eager = request.param
+    folder = export_small_model(name, tmp_path_factory.mktemp(name))
+    cases, is_qwen = CASES[name](), "qwen" in name
     requests = [as_request(case, is_qwen) for case in cases]
-    limits = {"image": 2, "video": 2}
-    if request.param == "fsr_llava_video":
-        limits["image"] = 1
-    elif request.param != "fsr_qwen2_5_vl":
-        del limits["video"]
+    # Sizes are those of the profile run, which precedes compilation.
+    limits: dict[str, Any] = {"image": {"count": 1 if name == "fsr_llava_video" else 2, "width": 512, "height": 512}}
+    if name in ("fsr_qwen2_5_vl", "fsr_llava_video"):
+        limits["video"] = {"count": 2, "num_frames": 4, "width": 160, "height": 160}
     results = run_engine(
         folder.parent,
         folder,
-        [requests, requests, [requests[0]], [refused_request(request.param)]],
+        [requests, requests, [requests[0]], [refused_request(name)]],
+        enforce_eager=is_eager,
         max_num_batched_tokens=160,
         max_num_seqs=8,
         limit_mm_per_prompt=limits,
     )
     reference = Reference(folder)
     expected = [expected_answer(reference, case, is_qwen) for case in cases]
-    return cases, results, expected, REFUSALS[request.param]
+    assert [result.get("is_compiled") for result in results[:3]] == [not is_eager] * 3
+    return cases, results, expected, REFUSALS[name]
 
 
 def test_the_language_model_sees_the_kept_tokens(answers):
