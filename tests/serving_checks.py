@@ -59,8 +59,8 @@ class Answer:
 class Reference:
     """The transformers model of a folder, which `tests/oracle.py` checks elsewhere."""
 
-    def __init__(self, folder: Path):
-        self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
+        self.model = AutoModel.from_pretrained(folder, dtype=dtype).eval()
         self.processor = AutoProcessor.from_pretrained(folder)
 
     @torch.no_grad()
