@@ -76,7 +76,7 @@ def check_options(config: Any, mm_config: Any) -> None:
 def let_cpu_runner_prune() -> None:
     """
     `GPUModelRunner.load_model` notes whether the model may change positions; `CPUModelRunner.load_model`, which
-    replaces it, does not (vLLM 0.30 to 0.33). This adds that note.
+    replaces it, does not (vLLM 0.32 and 0.33). This adds that note.
     """
     from vllm.platforms import current_platform
 

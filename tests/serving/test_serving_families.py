@@ -139,14 +139,19 @@ def answers(request, tmp_path_factory):
     folder = export_small_model(name, tmp_path_factory.mktemp(name))
     cases, is_qwen = CASES[name](), "qwen" in name
     requests = [as_request(case, is_qwen) for case in cases]
-    # Sizes are those of the profile run, which precedes compilation.
+    # Sizes are those of vLLM's profile run, which precedes compilation.
     limits: dict[str, Any] = {"image": {"count": 1 if name == "fsr_llava_video" else 2, "width": 512, "height": 512}}
     if name in ("fsr_qwen2_5_vl", "fsr_llava_video"):
         limits["video"] = {"count": 2, "num_frames": 4, "width": 160, "height": 160}
+    overrides = {}
+    if name == "fsr_qwen3_vl":  # the image of the profile run has 65 x 65 tokens, more than there are positions
+        limits["image"] |= {"width": 65 * 32, "height": 65 * 32}
+        overrides = {"text_config": {"max_position_embeddings": 4096}}
     results = run_engine(
         folder.parent,
         folder,
         [requests, requests, [requests[0]], [refused_request(name)]],
+        hf_overrides=overrides,
         enforce_eager=is_eager,
         max_num_batched_tokens=160,
         max_num_seqs=8,
