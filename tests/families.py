@@ -244,9 +244,9 @@ def _llava_item(kind: str, generator: torch.Generator) -> Item:
     return Item("image", [IMAGE_TOKEN] * 36, {"pixel_values": pixels}, 36)
 
 
-def _llava_layout(reference, item: Item, clip, query) -> Layout:
+def _llava_layout(reference, item: Item, clip, query, fsr=None) -> Layout:
     pixels = item.inputs["pixel_values"]
-    saliency, relevance = clip_scores(reference.model.vision_tower, clip, pixels, query, block=-2)
+    saliency, relevance = clip_scores(reference.model.vision_tower, clip, pixels, query, block=-2, fsr=fsr)
     run = torch.cat(list(reference.get_image_features(pixels).pooler_output))
     pool = Pool(run, saliency[0], None if relevance is None else relevance[0], list(range(36)))
     return Layout(run, [pool])
@@ -298,10 +298,10 @@ def _llava_next_collate(items: list[Item]) -> dict[str, torch.Tensor]:
     return {"pixel_values": pixels, "image_sizes": torch.cat([item.inputs["image_sizes"] for item in items])}
 
 
-def llava_next_layout(reference, item: Item, clip, query, pool: str = "view") -> Layout:
+def llava_next_layout(reference, item: Item, clip, query, fsr=None, pool: str = "view") -> Layout:
     """The item in pools of one view each, or as one pool."""
     pixels, sizes = item.inputs["pixel_values"], item.inputs["image_sizes"]
-    saliency, relevance = clip_scores(reference.model.vision_tower, clip, pixels[0], query, block=-2)
+    saliency, relevance = clip_scores(reference.model.vision_tower, clip, pixels[0], query, block=-2, fsr=fsr)
     run = torch.cat(list(reference.get_image_features(pixels, sizes).pooler_output))
     tokens = anyres.pack(tuple(sizes[0].tolist()), reference.config.image_grid_pinpoints, NEXT_PIXELS, NEXT_SIDE)
     members: dict[int, list[int]] = {}
@@ -377,7 +377,7 @@ def _qwen_token_types(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"mm_token_type_ids": (input_ids == IMAGE_TOKEN).int() + 2 * (input_ids == VIDEO_TOKEN).int()}
 
 
-def _qwen_layout(reference, item: Item, clip, query) -> Layout:
+def _qwen_layout(reference, item: Item, clip, query, fsr=None) -> Layout:
     pixels, grid = list(item.inputs.values())[:2]
     features = reference.get_image_features if item.modality == "image" else reference.get_video_features
     run = torch.cat(list(features(pixels, grid).pooler_output))
@@ -435,7 +435,7 @@ def qwen3_item(grid: tuple[int, int, int], generator: torch.Generator, modality:
     return item
 
 
-def qwen3_layout(reference, item: Item, clip, query, pool: str = "item") -> Layout:
+def qwen3_layout(reference, item: Item, clip, query, fsr=None, pool: str = "item") -> Layout:
     pixels, grid = item.inputs.values()
     features = reference.get_image_features if item.modality == "image" else reference.get_video_features
     outputs = features(pixels, grid)
@@ -567,7 +567,7 @@ def _llava_video_collate(items: list[Item]) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def llava_video_layout(reference, item: Item, clip, query, pool: str = "item", mode: str = "bilinear") -> Layout:
+def llava_video_layout(reference, item: Item, clip, query, fsr=None, pool: str = "item", mode: str = "bilinear") -> Layout:
     """The item as one pool, or in pools of one frame (or view, where its tokens belong to one) each."""
     if item.modality == "video":
         frames_of = item.inputs["pixel_values_videos"][0]

@@ -5,6 +5,7 @@ attention that each token receives, from whole maps in float64.
 
 import itertools
 import math
+from fractions import Fraction
 
 
 __all__ = ["reference"]
@@ -32,7 +33,18 @@ def descending(values, gaps):
     return order
 
 
-def reference(features, saliency, relevance, budget, *, alpha, beta, rho, kappa, focus_mass, focus_limit=0.5):
+def evenly(left, count):
+    """`count` of the tokens `left`: of that many parts of equal size, the token in the middle of each."""
+    size = Fraction(len(left), count) if count else 0
+    middles = [number * size + size / 2 for number in range(count)]  # on a line on which each token has length 1
+    if len(left) % 2:  # the half of an odd number of tokens is rounded down
+        middles = [middle + Fraction(1, 2 * count) for middle in middles]
+    return [left[math.ceil(middle) - 1] for middle in middles]
+
+
+def reference(
+    features, saliency, relevance, budget, *, alpha, beta, rho, kappa, focus_mass, focus_limit=0.5, uniform_scan=0.0
+):
     """
     One pool of tokens, all of them real.
 
@@ -63,8 +75,10 @@ def reference(features, saliency, relevance, budget, *, alpha, beta, rho, kappa,
             gaps.append(abs(mass - rho * total))
     focus = set(order[:num_focus])
 
-    # Eq. 5
-    kept = set(focus)
+    # Eq. 5, after the anchors at equal distances
+    left = [i for i in range(num_tokens) if i not in focus]
+    num_even = min(math.floor(uniform_scan * budget**2 / num_tokens + 1e-6), budget - num_focus)
+    kept = focus | set(evenly(left, num_even))
     while len(kept) < budget:
         distance = {i: min(1 - cos[i][j] for j in kept) for i in range(num_tokens) if i not in kept}
         kept.add(descending(distance, gaps)[0])

@@ -3,6 +3,7 @@ What FSR must do, computed in another way: scores from the stock towers' own att
 the equations, embeddings and positions put together by hand, and decoding with the stock class step by step.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -25,7 +26,7 @@ class Pool:
     Args:
         features (`torch.Tensor` of shape `(tokens, hidden_size)`): As the language model would receive them.
         saliency (`torch.Tensor` of shape `(tokens,)`): Eq. 1.
-        relevance (`torch.Tensor` of shape `(tokens,)`, *optional*): Eq. 2, the plain cosine.
+        relevance (`torch.Tensor` of shape `(tokens,)`, *optional*): Eq. 2, higher for what is more relevant.
         numbers (`list[int]`): Place of each candidate in the run of placeholders.
     """
 
@@ -72,22 +73,48 @@ def build_clip(model) -> CLIPModel | None:
 
 
 @torch.no_grad()
-def clip_scores(tower, clip, pixel_values, query, block: int):
+def clip_scores(tower, clip, pixel_values, query, block: int, fsr):
     """
-    Saliency and cosine `(views, patches)` of a CLIP tower under eager attention; `block` counts attention maps, and
-    the joint space is reached from the penultimate layer. `query`: `(chunks, 77)` ids, or `None` for no cosine.
+    Saliency and relevance `(views, patches)` of a CLIP tower under eager attention; `block` counts attention maps, and
+    the joint space is reached from the penultimate layer. `query`: `(chunks, 77)` ids, or `None` for no relevance.
     """
     outputs = tower(pixel_values, output_attentions=True, output_hidden_states=True)
     saliency = outputs.attentions[block].mean(1)[:, 0, 1:]
     if clip is None or query is None:
         return saliency, None
-    patches = outputs.hidden_states[-2][:, 1:]
+    if fsr.relevance == "clip":
+        cosine = _cosine_to_text(clip, outputs.hidden_states[-2][:, 1:], query)
+        return saliency, -cosine if fsr.invert_relevance else cosine
+    empty = query[:1].clone()
+    empty[0, 1:] = empty[0, -1]  # BOS, then nothing but EOS, with which every chunk ends
+    values = _handed_to_cls(tower.encoder.layers[-1], outputs.hidden_states[-2])
+    contrast = _cosine_to_text(clip, values, query) - _cosine_to_text(clip, values, empty)
+    side = math.isqrt(contrast.shape[1])
+    maps = contrast.view(-1, side, side)
+    near = [slice(max(0, place - 1), place + 2) for place in range(side)]
+    means = [[maps[:, rows, columns].mean((1, 2)) for columns in near] for rows in near]
+    return saliency, torch.stack([torch.stack(row, -1) for row in means], -2).flatten(1)
+
+
+def _cosine_to_text(clip, patches, query):
     image = clip.visual_projection(clip.vision_model.post_layernorm(patches))
-    relevance = torch.zeros_like(saliency)
+    cosines = torch.zeros(image.shape[:2])
     for chunk in query:
         text = clip.get_text_features(chunk[None], attention_mask=torch.ones_like(chunk)[None]).pooler_output[0]
-        relevance += torch.cosine_similarity(image, text, dim=-1)
-    return saliency, relevance / len(query)
+        cosines += torch.cosine_similarity(image, text, dim=-1)
+    return cosines / len(query)
+
+
+def _handed_to_cls(block, states):
+    """What the attention of a block puts out for [CLS] if [CLS] looks at one patch alone, for each patch."""
+    normed = block.layer_norm1(states)
+    number = states.shape[1]
+    handed = []
+    for patch in range(1, number):
+        mask = torch.full((1, 1, number, number), -torch.inf)
+        mask[..., patch] = 0.0
+        handed.append(block.self_attn(normed, attention_mask=mask)[0][:, 0])
+    return torch.stack(handed, dim=1)
 
 
 # --- Selection ---
@@ -131,8 +158,6 @@ def select_item(layout: Layout, fsr) -> Selection | None:
     deepstack = torch.stack(layout.deepstack, dim=1) if layout.deepstack else None
     for pool, share in zip(layout.pools, split_budget(budget, [len(pool.numbers) for pool in layout.pools])):
         relevance = pool.relevance
-        if relevance is not None and fsr.invert_relevance:
-            relevance = -relevance
         kept, focus, priority, merged_into, refined, _ = select(
             pool.features.detach().double().tolist(),
             pool.saliency.double().tolist(),
@@ -142,6 +167,7 @@ def select_item(layout: Layout, fsr) -> Selection | None:
             beta=fsr.beta,
             rho=fsr.rho,
             focus_limit=fsr.focus_limit,
+            uniform_scan=fsr.uniform_scan,
             kappa=fsr.kappa,
             focus_mass=fsr.focus_mass,
         )
@@ -240,7 +266,7 @@ class Oracle:
                     continue
                 if questions is not None:
                     chunks = questions[len(selections)]
-                layout = self.family.layout(self.reference, part, self.clip, chunks)
+                layout = self.family.layout(self.reference, part, self.clip, chunks, fsr)
                 selection = select_item(layout, fsr) if fsr.enabled else None
                 selections.append(selection)
                 if selection is None:

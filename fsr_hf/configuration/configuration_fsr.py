@@ -9,7 +9,10 @@ from typing import Any, ClassVar
 from transformers import CLIPTextConfig, PreTrainedConfig, __version__
 
 
-__all__ = ["FSRConfig", "FSRConfigMixin", "check_fsr_value", "register_generative_class"]
+__all__ = ["SELECTION_FIELDS", "FSRConfig", "FSRConfigMixin", "check_fsr_value", "register_generative_class"]
+
+# The fields that are arguments of `select_visual_tokens`.
+SELECTION_FIELDS = ("alpha", "beta", "rho", "focus_limit", "uniform_scan", "kappa", "focus_mass")
 
 
 def register_generative_class(model_type: str, class_name: str) -> None:
@@ -40,9 +43,10 @@ _RULES = {
     "beta": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
     "rho": (lambda v: _is_number(v) and 0 < v <= 1, "a number in (0, 1]"),
     "focus_limit": (lambda v: _is_number(v) and 0 < v <= 1, "a number in (0, 1]"),
+    "uniform_scan": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
     "kappa": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
     "focus_mass": (_one_of("all", "budget"), '"all" or "budget"'),
-    "relevance": (_one_of("clip", "none", None), '"clip", "none" or None'),
+    "relevance": (_one_of("clip_values", "clip", "none", None), '"clip_values", "clip", "none" or None'),
     "invert_relevance": (_one_of(True, False), "True or False"),
     "text_encoder_config": (
         lambda v: isinstance(v, (dict, PreTrainedConfig, type(None))),
@@ -123,17 +127,23 @@ class FSRConfig(PreTrainedConfig):
             Largest share of the budget that the Focus tokens fill, in (0, 1]. The paper does not say what happens when
             Eq. 4 asks for more tokens than that. With 1.0 flat scores let Focus fill the budget, and the selection is
             the top tokens by priority; a half leaves Scan at least as many tokens as Focus takes.
+        uniform_scan (`float`, *optional*, defaults to 0.0):
+            How many tokens Scan spreads evenly over the image before Eq. 5 adds the others, as a multiple of the budget
+            times its share of all tokens: with 1.0, of 64 tokens out of 576 seven, of 192 sixty-four. 0 is Eq. 5 alone,
+            the paper's formula.
         kappa (`float`, *optional*, defaults to 1.0):
             How many dropped tokens are merged, as a multiple of the number of Scan tokens (Refine).
         focus_mass (`str`, *optional*, defaults to `"all"`):
             The mass that `rho` refers to: of all tokens (`"all"`, the paper), or of the `num_visual_tokens` tokens of
             highest priority (`"budget"`, which leaves room for Scan whenever `rho < 1`).
         relevance (`str`, *optional*):
-            Where Eq. 2 comes from: `"clip"` (patches against the question in CLIP's joint space) or `"none"` (saliency
-            alone). `None` means `"clip"` if there is a `text_encoder_config`.
+            Where Eq. 2 comes from. `"clip_values"`: what a patch hands to [CLS] in the last block, against the question
+            in CLIP's joint space, less the same against a text without a word, as a mean over 3 x 3 patches. `"clip"`:
+            the state of a patch against the question, the paper's formula. `"none"`: no question, saliency alone.
+            `None` means `"clip_values"` if there is a `text_encoder_config`.
         invert_relevance (`bool`, *optional*, defaults to `True`):
-            Whether relevance is the negated cosine. CLIP's patches score *lower* on the thing that the text names than
-            on the background; `False` is the paper's literal formula.
+            With `relevance="clip"`, whether relevance is the negated cosine. The states of CLIP's patches score *lower*
+            on the thing that the text names than on the background; `False` is the paper's literal formula.
         text_encoder_config (`CLIPTextConfig` or `dict`, *optional*):
             The CLIP text tower whose weights are in the checkpoint; `None` if there is none.
         pool (`str`, *optional*):
@@ -166,6 +176,7 @@ class FSRConfig(PreTrainedConfig):
     beta: float | int = 1.0
     rho: float | int = 0.9
     focus_limit: float | int = 0.5
+    uniform_scan: float | int = 0.0
     kappa: float | int = 1.0
     focus_mass: str = "all"
     relevance: str | None = None
@@ -205,7 +216,12 @@ class FSRConfig(PreTrainedConfig):
     @property
     def uses_relevance(self) -> bool:
         """`bool`: whether patches are compared with the question (`relevance` resolved)."""
-        return self.relevance == "clip" or (self.relevance is None and self.text_encoder_config is not None)
+        return self.relevance != "none" and (self.relevance is not None or self.text_encoder_config is not None)
+
+    @property
+    def reads_values(self) -> bool:
+        """`bool`: whether it is their values that are compared, where anything is."""
+        return self.relevance != "clip"
 
     def budget(self, num_tokens: int) -> int:
         """How many of `num_tokens` candidates of one image or video are kept, never more than there are."""
@@ -268,6 +284,8 @@ class FSRConfigMixin:
     _attn_implementation: Any
     # The family's defaults for the fields of FSRConfig that are None.
     fsr_defaults: ClassVar[dict[str, Any]] = {}
+    # What the family has in place of defaults of FSRConfig, where it is made from a dict or from nothing.
+    fsr_settings: ClassVar[dict[str, Any]] = {}
     # Why patches of the family cannot be compared with the question; `None` where they can.
     no_relevance_reason: ClassVar[str | None] = None
     # What is no prediction to Trainer, so that it gathers logits alone, whether a batch was pruned or not.
@@ -288,7 +306,7 @@ class FSRConfigMixin:
     def _complete_fsr_config(self, value):
         current = self.__dict__.get("fsr_config")
         if value is None or isinstance(value, dict):
-            named, fields = value or {}, {} if current is None else current.to_dict()
+            named, fields = value or {}, dict(self.fsr_settings) if current is None else current.to_dict()
             if any(named.get(name) is not None for name in _BUDGETS):
                 fields.update(dict.fromkeys(_BUDGETS))
             config = FSRConfig(**{**fields, **named})
@@ -310,7 +328,7 @@ class FSRConfigMixin:
             config._attn_implementation = self._attn_implementation
         if self.no_relevance_reason and (config.uses_relevance or config.text_encoder_config is not None):
             raise ValueError(
-                '`fsr_config.relevance="clip"` and `fsr_config.text_encoder_config` are not supported: '
+                '`fsr_config.relevance="clip"` (or `"clip_values"`) and `fsr_config.text_encoder_config` are not supported: '
                 f'{self.no_relevance_reason} FSR ranks them by saliency alone here: leave `relevance` at "none".'
             )
         return config

@@ -24,6 +24,8 @@ class FSRLlavaNextConfig(RemoteCodeMixin, FSRConfigMixin, LlavaNextConfig):
     model_type = "fsr_llava_next"
     sub_configs: ClassVar[dict] = {**LlavaNextConfig.sub_configs, "fsr_config": FSRConfig}
     fsr_defaults: ClassVar[dict] = {"retention_ratio": 1 / 9, "pool": "view", "positions": "original"}
+    # Those of LLaVA-1.5, whose tower it has.
+    fsr_settings: ClassVar[dict] = {"focus_limit": 0.25, "uniform_scan": 1.0, "kappa": 5.0}
 
     fsr_config: dict | PreTrainedConfig | None = None
 

@@ -202,8 +202,8 @@ def _make_config(
         config.fsr_config.text_encoder_config = _make_text_config(clip, config)
         config.fsr_config.relevance = fsr_config.get("relevance")
     elif config.fsr_config.text_encoder_config is None:
-        if fsr_config.get("relevance") == "clip":
-            raise ValueError('`relevance="clip"` needs a CLIP checkpoint: name it with `text_encoder`.')
+        if fsr_config.get("relevance") not in (None, "none"):
+            raise ValueError(f'`relevance="{fsr_config["relevance"]}"` needs a CLIP checkpoint: name it with `text_encoder`.')
         config.fsr_config.relevance = "none"
     return family, config
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .compression import FSRModelMixin
-from .relevance import NO_TEXT_ENCODER, CLIPRelevance
+from .relevance import NO_TEXT_ENCODER, CLIPRelevance, mean_of_neighbours, patch_values
 from .saliency import cls_attention, resolve_tower_layer
 
 
@@ -26,8 +26,8 @@ class CLIPTowerMixin(FSRModelMixin):
         text_config = config.fsr_config.text_encoder_config
         if text_config is not None:
             self.text_encoder: Any = CLIPRelevance(text_config, config.vision_config.hidden_size)
-        elif config.fsr_config.relevance == "clip":
-            raise ValueError(NO_TEXT_ENCODER)
+        elif config.fsr_config.uses_relevance:
+            raise ValueError(NO_TEXT_ENCODER.format(config.fsr_config.relevance))
         self.post_init()
 
     def run_clip_tower(
@@ -55,7 +55,13 @@ class CLIPTowerMixin(FSRModelMixin):
         saliency = cls_attention(tower.encoder.layers[layer - 1], outputs.hidden_states[layer - 1])
         if query is None:
             return outputs, saliency, None
+        query = query[torch.tensor(rows).to(query.device, non_blocking=True)]
+        fsr = self.config.fsr_config
+        states = outputs.hidden_states[penultimate]
         with torch.no_grad():
-            patches = tower.post_layernorm(outputs.hidden_states[penultimate][:, 1:])
-        relevance = self.text_encoder(patches, query[torch.tensor(rows).to(query.device, non_blocking=True)])
-        return outputs, saliency, -relevance if self.config.fsr_config.invert_relevance else relevance
+            patches = patch_values(tower.encoder.layers[-1], states) if fsr.reads_values else states[:, 1:]
+            relevance = self.text_encoder(tower.post_layernorm(patches), query)
+        if fsr.reads_values:
+            height, width = (side // tower.config.patch_size for side in pixel_values.shape[-2:])
+            return outputs, saliency, mean_of_neighbours(relevance, height, width)
+        return outputs, saliency, -relevance if fsr.invert_relevance else relevance

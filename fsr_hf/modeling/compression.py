@@ -241,7 +241,8 @@ class FSRModelMixin(TextEncoderMixin):
         if question and items:
             if not question[1].cpu()[[item.row for item in items]].any(-1).all():
                 logger.warning_once("A row has no question: FSR ranks its visual tokens by saliency alone.")
-            embeddings = self.text_encoder.encode_query(*(tensor.to(input_ids.device) for tensor in question))
+            ids_and_mask = (tensor.to(input_ids.device) for tensor in question)
+            embeddings = self.text_encoder.encode_query(*ids_and_mask, less_empty=fsr.reads_values)
         if items:
             with offloaded_params_loaded(self):
                 tokens, outputs = self.encode_items(items, embeddings, **visual)
@@ -333,8 +334,8 @@ class FSRModelMixin(TextEncoderMixin):
 
     def _check_query(self, input_ids, attention_mask, fsr, batch_size: int, is_pruned: bool):
         """The question as `encode_query` takes it, or `None` (saliency alone), with a warning where it is missing."""
-        if self.text_encoder is None and fsr.relevance == "clip":
-            raise ValueError(NO_TEXT_ENCODER)
+        if self.text_encoder is None and fsr.uses_relevance:
+            raise ValueError(NO_TEXT_ENCODER.format(fsr.relevance))
         if self.text_encoder is None and fsr.relevance is None:
             logger.warning_once(
                 "This model has no CLIP text encoder, so FSR ranks visual tokens by saliency alone. Export it with "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..configuration.configuration_fsr import check_fsr_value
+from ..configuration.configuration_fsr import SELECTION_FIELDS, check_fsr_value
 from .host_scan import can_scan_on_host, scan_on_host
 from .precision import without_autocast
 from .scan_kernel import can_scan_on_gpu, scan_on_gpu
@@ -64,6 +64,7 @@ def select_visual_tokens(
     beta: float = 1.0,
     rho: float = 0.9,
     focus_limit: float = 0.5,
+    uniform_scan: float = 0.0,
     kappa: float = 1.0,
     focus_mass: str = "all",
     max_num_visual_tokens: int | None = None,
@@ -90,9 +91,10 @@ def select_visual_tokens(
             A row with fewer real tokens keeps them all and merges nothing.
         mask (`torch.BoolTensor` of shape `(batch, num_tokens)`, *optional*):
             True for real tokens. The others are never kept or merged and do not count in any minimum, maximum or sum.
-        alpha, beta, rho, focus_limit, kappa (`float`), focus_mass (`str`), *optional*:
+        alpha, beta, rho, focus_limit, uniform_scan, kappa (`float`), focus_mass (`str`), *optional*:
             As the fields of [`FSRConfig`], with its defaults and ranges. Focus takes at most
-            `max(1, floor(focus_limit * budget))` tokens, where `budget` is at most the number of a row's real tokens.
+            `max(1, floor(focus_limit * budget))` tokens, where `budget` is at most the number of a row's real tokens,
+            and the first `floor(uniform_scan * budget ** 2 / real tokens)` anchors are spread evenly over the others.
         max_num_visual_tokens (`int`, *optional*):
             Read with a tensor `num_visual_tokens` only: the width of the result and the most that a row keeps. Without
             it the width is `num_tokens`, since the values of a tensor are not read on the host.
@@ -106,8 +108,8 @@ def select_visual_tokens(
     """
     _check_tensors(features, saliency, relevance, mask)
     _check_budgets(features, num_visual_tokens, max_num_visual_tokens)
-    settings = {"alpha": alpha, "beta": beta, "rho": rho, "focus_limit": focus_limit, "kappa": kappa}
-    for name, value in {**settings, "focus_mass": focus_mass}.items():
+    settings = (alpha, beta, rho, focus_limit, uniform_scan, kappa, focus_mass)
+    for name, value in zip(SELECTION_FIELDS, settings):
         check_fsr_value(name, value)
     batch, num_tokens, _ = features.shape
     device = features.device
@@ -125,7 +127,9 @@ def select_visual_tokens(
         with torch.no_grad():
             priority = _priority(saliency, relevance, mask, alpha, beta)
             focus, num_focus = _focus(priority, mask, budgets, width, rho, focus_limit, focus_mass)
-            anchors, nearest, similarity = _scan(features, mask, focus, num_focus, budgets - num_focus)
+            num_anchors = budgets - num_focus
+            even, num_even = _spread_evenly(mask, focus, budgets, num_anchors, uniform_scan)
+            anchors, nearest, similarity = _scan(features, mask, focus, num_focus, even, num_even, num_anchors)
             kept, source = torch.cat([focus, anchors], dim=1).sort(dim=1)
             kept, source = kept[:, :width], source[:, :width]
             is_focus = (kept < num_tokens) & (source < width)
@@ -199,7 +203,30 @@ def _focus(priority, mask, budgets, width, rho, focus_limit, focus_mass):
     return order[:, :width].masked_fill(counts[:width] > num_focus[:, None], num_tokens), num_focus
 
 
-def _scan(features, mask, focus, num_focus, num_anchors):
+def _spread_evenly(mask, focus, budgets, num_anchors, uniform_scan):
+    """
+    The anchors that Scan begins with: they stand at equal distances among the tokens that Focus leaves, in reading
+    order. There are `uniform_scan` times the budget times its share of the tokens, so that the background gets the
+    share of the budget that the budget is of the whole. Eq. 5 alone (`uniform_scan=0`) leaves gaps: it goes where
+    tokens differ, and questions that count or compare places ask about everything.
+
+    Returns their positions, ascending, `(batch, width - 1)`, filled up with `num_tokens`; and how many there are,
+    `(batch,)`.
+    """
+    num_tokens, width = mask.shape[1], focus.shape[1]
+    dtype = torch.float32 if mask.device.type == "mps" else torch.float64
+    share = uniform_scan * budgets.to(dtype) ** 2 / mask.sum(-1).clamp(min=1)
+    num_even = torch.minimum((share + 1e-6).floor().to(budgets.dtype), num_anchors)
+    place = _without(mask, focus).cumsum(-1)  # among those tokens, from 1
+    numbers = torch.arange(1, width, device=mask.device)
+    num_left, parts = place[:, -1:], num_even[:, None].clamp(min=1)
+    # Of as many equal parts the middle one each: the ceiling of (number - 1/2) * size.
+    middle = -((num_left // 2 - numbers * num_left) // parts)
+    even = torch.searchsorted(place, middle.contiguous())
+    return even.masked_fill(numbers > num_even[:, None], num_tokens), num_even
+
+
+def _scan(features, mask, focus, num_focus, even, num_even, num_anchors):
     """
     Eqs. 5 and 8, by the fastest code for the device. All of it selects the same tokens.
 
@@ -207,15 +234,16 @@ def _scan(features, mask, focus, num_focus, num_anchors):
     `num_tokens`; and for each token its nearest anchor and the cosine to it, as [`_nearest_anchor`] returns them.
     """
     if can_scan_on_gpu(features, _scan_with_torch):
-        return scan_on_gpu(features, mask, focus, num_focus, num_anchors)
+        return scan_on_gpu(features, mask, focus, num_focus, even, num_even, num_anchors)
     if can_scan_on_host(features):
-        return scan_on_host(features, mask, focus, num_anchors)
-    return _scan_with_torch(features, mask, focus, num_focus, num_anchors)
+        return scan_on_host(features, mask, focus, even, num_anchors)
+    return _scan_with_torch(features, mask, focus, num_focus, even, num_even, num_anchors)
 
 
-def _scan_with_torch(features, mask, focus, num_focus, num_anchors):
+def _scan_with_torch(features, mask, focus, num_focus, even, num_even, num_anchors):
     """
-    Eq. 5: starting from the Focus tokens, add one token after the other, each the farthest from all chosen so far.
+    Eq. 5: starting from the Focus tokens and the anchors `even`, add one token after the other, each the farthest from
+    all chosen so far.
 
     This is greedy k-center with fixed centres: in the metric sqrt(1 - cos), the farthest token is at most twice as far
     from its nearest kept token as with the best choice of anchors (Eqs. 6 and 7).
@@ -229,8 +257,9 @@ def _scan_with_torch(features, mask, focus, num_focus, num_anchors):
         closest = torch.maximum(closest, rows.amax(1))
     closest = closest.masked_fill(~_without(mask, focus), torch.inf)
     anchors = [focus[:, :0]]
-    for _ in range(width - 1):
+    for step in range(width - 1):
         anchor = closest.argmin(-1, keepdim=True)  # the first of equal ones, on all devices
+        anchor = torch.where(step < num_even[:, None], even[:, step, None], anchor)
         closest = torch.maximum(closest, cosines.rows(anchor).squeeze(1)).scatter_(1, anchor, torch.inf)
         anchors.append(anchor)
     # No choice depends on a later one, so a row with a smaller budget keeps the first of its anchors.

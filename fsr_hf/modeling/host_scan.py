@@ -27,7 +27,7 @@ def can_scan_on_host(features: torch.Tensor) -> bool:
 
 
 def scan_on_host(
-    features: torch.Tensor, mask: torch.Tensor, focus: torch.Tensor, num_anchors: torch.Tensor
+    features: torch.Tensor, mask: torch.Tensor, focus: torch.Tensor, even: torch.Tensor, num_anchors: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Eqs. 5 and 8 on the CPU.
@@ -39,8 +39,10 @@ def scan_on_host(
             True for real tokens.
         focus (`torch.LongTensor` of shape `(batch, width)`):
             The Focus tokens, filled up with `num_tokens`; at least one in a row that gets anchors.
+        even (`torch.LongTensor` of shape `(batch, width - 1)`):
+            The anchors to begin with, ascending, filled up with `num_tokens`.
         num_anchors (`torch.LongTensor` of shape `(batch,)`):
-            How many anchors to add, no more than there are tokens left.
+            How many anchors there will be, no more than there are tokens left.
 
     Returns:
         The anchors in the order of their choice, `(batch, width - 1)`, filled up with `num_tokens`; the anchor that is
@@ -54,7 +56,9 @@ def scan_on_host(
     for row, count in enumerate(num_anchors.tolist()):
         if count > 0:
             scan = _RowScan(features[row], mask[row], focus[row][focus[row] < num_tokens])
-            anchors[row, :count] = scan.choose(count)
+            given = even[row][even[row] < num_tokens]
+            scan.add(given)
+            anchors[row, :count] = torch.cat([given, scan.choose(count - len(given))])
             nearest[row], similarity[row] = scan.nearest, scan.similarity.masked_fill_(~scan.is_finite, -torch.inf)
     return anchors, nearest, similarity
 
@@ -136,18 +140,18 @@ class _RowScan:
             places = _farthest_first(self.closest[candidates], pairs, candidates.tolist(), bound, max_anchors)
             chosen = candidates[places]
             anchors.append(chosen)
-            self._add(chosen.sort().values)
+            self.add(chosen.sort().values)
             count -= len(chosen)
             cosines_computed += size**2 + len(chosen) * self.num_tokens
             if len(chosen) < size // 16 and self.num_tokens <= _MEDIUM:
                 size = self.num_tokens
             elif len(chosen) < size // 4:
                 size = min(2 * size, max(_MAX_CANDIDATES, size), self.num_tokens)
-        return torch.cat(anchors)
+        return torch.cat(anchors or [self.nearest[:0]])
 
-    def _add(self, chosen: torch.Tensor) -> None:
+    def add(self, chosen: torch.Tensor) -> None:
         """Update all tokens for the new anchors `chosen`, ascending."""
-        for block in chosen.split(_MAX_CANDIDATES):
+        for block in chosen.split(_MAX_CANDIDATES) if len(chosen) else ():
             cosines = self._to_all(block)
             self.closest = torch.maximum(self.closest, cosines.amax(0))
             if not self.is_all_finite:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from ..configuration.configuration_fsr import SELECTION_FIELDS
 from .fsr import VisualSelection, refine_like
 from .prompt import VisualItem, starts_of
 
@@ -93,7 +94,7 @@ def select_from_items(
         budget,
         mask=mask,
         max_num_visual_tokens=max_budget,
-        **{name: getattr(fsr, name) for name in ("alpha", "beta", "rho", "focus_limit", "kappa", "focus_mass")},
+        **{name: getattr(fsr, name) for name in SELECTION_FIELDS},
     )
     kept_features = selection.features  # [pools, width, D]
     if tokens.companions is not None:

@@ -32,7 +32,13 @@ def can_scan_on_gpu(features: torch.Tensor, torch_path) -> bool:
 
 
 def scan_on_gpu(
-    features: torch.Tensor, mask: torch.Tensor, focus: torch.Tensor, num_focus: torch.Tensor, num_anchors: torch.Tensor
+    features: torch.Tensor,
+    mask: torch.Tensor,
+    focus: torch.Tensor,
+    num_focus: torch.Tensor,
+    even: torch.Tensor,
+    num_even: torch.Tensor,
+    num_anchors: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Eqs. 5 and 8.
@@ -44,35 +50,39 @@ def scan_on_gpu(
             True for real tokens.
         focus (`torch.LongTensor` of shape `(batch, width)`):
             The Focus tokens of each row, filled up with `num_tokens`.
-        num_focus, num_anchors (`torch.LongTensor` of shape `(batch,)`):
-            How many Focus tokens each row has, and how many anchors to add, no more than there are tokens left.
+        even (`torch.LongTensor` of shape `(batch, width - 1)`):
+            The anchors to begin with, ascending, filled up with `num_tokens`.
+        num_focus, num_even, num_anchors (`torch.LongTensor` of shape `(batch,)`):
+            How many Focus tokens each row has, how many anchors it begins with, and how many it will have, no more than
+            there are tokens left.
 
     Returns:
         The anchors in the order of their choice, `(batch, width - 1)`, filled up with `num_tokens`; the anchor that is
         most similar to each token, `(batch, num_tokens)`, or -1; and its cosine, -inf if there is none or the token is
         not finite.
     """
-    return _scan(features.shape[1] <= _MAX_PAIRS, features, mask, focus, num_focus, num_anchors)
+    with_pairs = features.shape[1] <= _MAX_PAIRS
+    return _scan(with_pairs, features, mask, focus, num_focus, even, num_even, num_anchors)
 
 
-def _scan(with_pairs, features, mask, focus, num_focus, num_anchors):
+def _scan(with_pairs, features, mask, focus, num_focus, even, num_even, num_anchors):
     batch, num_tokens, _ = features.shape
     max_rows = max(1, _MAX_PAIRS_MEMORY // (4 * num_tokens**2))
     if with_pairs and batch > max_rows:
-        tensors = (features, mask, focus, num_focus, num_anchors)
+        tensors = (features, mask, focus, num_focus, even, num_even, num_anchors)
         parts = [_scan(with_pairs, *part) for part in zip(*(tensor.split(max_rows) for tensor in tensors))]
         anchors, nearest, similarity = (torch.cat(tensors) for tensors in zip(*parts))
         return anchors, nearest, similarity
 
-    anchors = focus.new_empty(batch, focus.shape[1] - 1)
+    anchors = even.clone(memory_format=torch.contiguous_format)
     nearest = torch.empty_like(mask, dtype=torch.long)
     similarity, closest = (torch.empty_like(mask, dtype=torch.float32) for _ in range(2))
     if batch:
-        mask, focus, num_focus, num_anchors = (t.contiguous() for t in (mask, focus, num_focus, num_anchors))
+        mask, focus, *counts = (t.contiguous() for t in (mask, focus, num_focus, num_even, num_anchors))
         scan = _scan_with_pairs if with_pairs else _scan_without_pairs
         with torch.cuda.device_of(features):  # Triton launches on the current device
             tokens, scale = _scale(features)
-            scan(tokens, scale, mask, focus, num_focus, num_anchors, closest, anchors, nearest, similarity)
+            scan(tokens, scale, mask, focus, *counts, closest, anchors, nearest, similarity)
     return anchors, nearest, similarity
 
 
@@ -95,9 +105,12 @@ def _agrees(torch_path, device, dtype, with_pairs):
     mask = torch.stack([places >= 0, places % 9 != 4]).to(device)
     focus = torch.full((2, 12), num_tokens, device=device)
     focus[0, :3], focus[1, 0] = torch.tensor([40, 2, 129], device=device), 30
-    num_focus, num_anchors = torch.tensor([3, 1], device=device), torch.tensor([9, 6], device=device)
+    even = torch.full((2, 11), num_tokens, device=device)
+    even[0, :2] = torch.tensor([20, 86], device=device)
+    counts = ([3, 1], [2, 0], [9, 6])  # Focus tokens, anchors to begin with, all anchors
+    num_focus, num_even, num_anchors = (torch.tensor(count, device=device) for count in counts)
 
-    arguments = (features, mask, focus, num_focus, num_anchors)
+    arguments = (features, mask, focus, num_focus, even, num_even, num_anchors)
     anchors, nearest, similarity = _scan(with_pairs, *arguments)
     expected_anchors, expected_nearest, expected_similarity = torch_path(*arguments)
     has_anchor = expected_similarity > -torch.inf
@@ -124,7 +137,9 @@ def _scale(features):
     return tokens, scale
 
 
-def _scan_with_pairs(tokens, scale, mask, focus, num_focus, num_anchors, closest, anchors, nearest, similarity):
+def _scan_with_pairs(
+    tokens, scale, mask, focus, num_focus, num_even, num_anchors, closest, anchors, nearest, similarity
+):
     batch, num_tokens, _ = tokens.shape
     pairs = _cosines_of_pairs(tokens, scale)
     block = triton.next_power_of_2(num_tokens)
@@ -133,7 +148,7 @@ def _scan_with_pairs(tokens, scale, mask, focus, num_focus, num_anchors, closest
         pairs, mask, focus, num_focus, closest, num_tokens, focus.shape[1], BLOCK=focus_block, num_warps=4
     )
     _scan_kernel[(batch,)](
-        *(pairs, scale, closest, num_anchors, anchors, nearest, similarity),
+        *(pairs, scale, closest, num_even, num_anchors, anchors, nearest, similarity),
         *(num_tokens, anchors.shape[1]),
         BLOCK=block,
         num_warps=min(max(block // 256, 1), 16),
@@ -160,7 +175,9 @@ def _cosines_of_pairs(tokens, scale):
     return pairs
 
 
-def _scan_without_pairs(tokens, scale, mask, focus, num_focus, num_anchors, closest, anchors, nearest, similarity):
+def _scan_without_pairs(
+    tokens, scale, mask, focus, num_focus, num_even, num_anchors, closest, anchors, nearest, similarity
+):
     batch, num_tokens, hidden_size = tokens.shape
     sizes = (num_tokens, hidden_size)
     options = {"SIZE": 128, "DEPTH": 32 if tokens.dtype == torch.float32 else 64, "num_warps": 8}
@@ -180,7 +197,7 @@ def _scan_without_pairs(tokens, scale, mask, focus, num_focus, num_anchors, clos
     depth = min(triton.next_power_of_2(hidden_size), 512)
     for step in range(-1, anchors.shape[1]):
         _step_kernel[(blocks, batch)](
-            *(tokens, scale, num_anchors, closest, block_cosine, block_token, anchors, *sizes),
+            *(tokens, scale, num_even, num_anchors, closest, block_cosine, block_token, anchors, *sizes),
             *(anchors.shape[1], step, blocks),
             SIZE=size,
             DEPTH=depth,
@@ -284,18 +301,34 @@ def _focus_kernel(pairs, mask, focus, num_focus, closest, num_tokens, width, BLO
 
 @jit
 def _scan_kernel(
-    pairs, scale, closest, num_anchors, anchors, nearest, similarity, num_tokens, max_anchors, BLOCK: tl.constexpr
+    pairs,
+    scale,
+    closest,
+    num_even,
+    num_anchors,
+    anchors,
+    nearest,
+    similarity,
+    num_tokens,
+    max_anchors,
+    BLOCK: tl.constexpr,
 ):
-    """Anchors one after the other, and the nearest anchor of each token. One program per row of the batch."""
+    """
+    Anchors one after the other, of which `anchors` holds the first `num_even`, and the nearest anchor of each token.
+    One program per row of the batch.
+    """
     row = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, BLOCK)
     is_token = places < num_tokens
     count = tl.load(num_anchors + row).to(tl.int32)
+    given = tl.load(num_even + row).to(tl.int32)
     closest_cosine = tl.load(closest + row * num_tokens + places, mask=is_token, other=float("inf"))
     nearest_cosine = tl.full((BLOCK,), float("-inf"), tl.float32)
     nearest_anchor = tl.full((BLOCK,), -1, tl.int32)
     for step in range(count):
         anchor = tl.argmin(closest_cosine, 0, tie_break_left=True)
+        even = tl.load(anchors + row * max_anchors + step, mask=step < given, other=0)
+        anchor = tl.where(step < given, even.to(tl.int32), anchor)
         tl.store(anchors + row * max_anchors + step, anchor.to(tl.int64))
         cosines = tl.load(pairs + (row * num_tokens + anchor) * num_tokens + places, mask=is_token, other=-1.0)
         anchor_scale = tl.load(scale + row * num_tokens + anchor)
@@ -390,6 +423,7 @@ def _nearest_kernel(
 def _step_kernel(
     tokens,
     scale,
+    num_even,
     num_anchors,
     closest,
     block_cosine,
@@ -405,9 +439,9 @@ def _step_kernel(
     BLOCKS: tl.constexpr,
 ):
     """
-    One step of Eq. 5. Its anchor is the farthest of the tokens that the blocks wrote in the last step; then each block
-    updates its cosines and writes its own farthest token. Step -1 only writes. One program per block of tokens in a
-    row.
+    One step of Eq. 5. Its anchor is the farthest of the tokens that the blocks wrote in the last step, or, in the first
+    `num_even` steps, the one that `anchors` holds; then each block updates its cosines and writes its own farthest
+    token. Step -1 only writes. One program per block of tokens in a row.
     """
     row = tl.program_id(1).to(tl.int64)
     batch = tl.num_programs(1)
@@ -429,6 +463,9 @@ def _step_kernel(
             cosines_of_blocks = tl.load(block_cosine + last + blocks, mask=blocks < num_blocks, other=float("inf"))
             winner = tl.argmin(cosines_of_blocks, 0, tie_break_left=True)
             anchor = tl.load(block_token + last + winner)
+            is_given = step < tl.load(num_even + row)
+            even = tl.load(anchors + row * max_anchors + step, mask=is_given, other=0)
+            anchor = tl.where(is_given, even, anchor)
             if block == 0:
                 tl.store(anchors + row * max_anchors + step, anchor)
             depth = tl.arange(0, DEPTH)

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from functools import cache, wraps
 from typing import Any
 
+from ..configuration.configuration_fsr import SELECTION_FIELDS
 from .guards import name_cache
 
 
@@ -31,7 +32,7 @@ _FSR_DOCS = """
             Whether to prune in this call, in place of the config's `enabled`.
 """
 # Fields of the config that a call cannot change, and names near to those that it can.
-_NO_ARGUMENTS = ("alpha", "beta", "rho", "focus_limit", "kappa", "focus_mass", "relevance", "invert_relevance", "pool")
+_NO_ARGUMENTS = (*SELECTION_FIELDS, "relevance", "invert_relevance", "pool")
 _NEAR = {"retention": "retention_ratio", "budget": "num_visual_tokens", "enabled": "fsr_enabled"}
 
 

@@ -103,7 +103,8 @@ class FSRServedModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsMRoPE):
             query = None
             if inputs.get("query_input_ids") is not None:
                 ids, mask = (_pad(inputs[name]) for name in ("query_input_ids", "query_attention_mask"))
-                query = self.tower.text_encoder.encode_query(ids, mask)
+                fsr = self.tower.config.fsr_config
+                query = self.tower.text_encoder.encode_query(ids, mask, less_empty=fsr.reads_values)
             visual = self.join_visual(inputs)
             keys = [row.numpy().tobytes() for row in plan[:, 3:]]
             kept = self.encoder(visual, plan[:, 0].tolist(), keys, query)

@@ -25,10 +25,10 @@ def inputs():
 def layout_of_layer(layer):
     """As the family's layout, with the block of another feature layer; relevance stays that of the penultimate one."""
 
-    def layout(reference, item, clip, query):
+    def layout(reference, item, clip, query, fsr):
         pixels = item.inputs["pixel_values"]
         block = layer - 1 if layer > 0 else layer
-        saliency, relevance = clip_scores(reference.model.vision_tower, clip, pixels, query, block=block)
+        saliency, relevance = clip_scores(reference.model.vision_tower, clip, pixels, query, block=block, fsr=fsr)
         run = torch.cat(list(reference.get_image_features(pixels, vision_feature_layer=layer).pooler_output))
         return Layout(run, [Pool(run, saliency[0], None if relevance is None else relevance[0], list(range(36)))])
 
