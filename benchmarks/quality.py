@@ -39,11 +39,8 @@ from benchmarks.selectors import (
     divprune,
     fastervlm,
     fsr,
-    fsr_evenly,
-    fsr_in_space,
     holov,
     idpruner,
-    mixed_distances,
     prunesid,
     random_tokens,
     scope,
@@ -53,8 +50,10 @@ from benchmarks.selectors import (
 )
 from examples.shapes_vqa.data import HELD_OUT_PAIRS, KINDS, Question, Scene, held_out_questions
 from fsr_hf import FSRLlavaConfig, FSRLlavaForConditionalGeneration, FSRLlavaProcessor, select_visual_tokens
+from fsr_hf.configuration.configuration_fsr import SELECTION_FIELDS
 from fsr_hf.demo.shapes_vqa import shapes_vqa_folder
 from fsr_hf.machine import provenance
+from fsr_hf.modeling.relevance import patch_values
 
 
 __all__ = ["BUDGETS", "METHODS", "Batch", "Method", "encode", "focus_sizes", "is_right", "measure", "object_patches"]
@@ -64,27 +63,16 @@ BUDGETS = ("1/3", "2/9", "1/9", "1/18")
 POSITIONS = ("compact", "original")
 # A kind of question that the model itself does not answer is no measure of what pruning costs.
 LEAST_ACCURACY = 0.6
-# It names no thing, so what it has in common with a question says nothing of what is asked about.
-NEUTRAL_QUESTION = "What is in the picture?"
 
 
-# Share of the distance on the grid where a method is tried with it.
-_SPACE = 0.5
+def _by_priority(select: Callable[..., Kept]) -> Callable[..., Kept]:
+    """A peer that ranks by saliency, given the product with relevance in its place."""
 
+    def select_by_priority(features, saliency, relevance, num_kept: int, **extra) -> Kept:
+        priority = _priority(saliency, relevance, alpha=1.0, beta=1.0)
+        return select(features, priority, relevance, num_kept, **extra)
 
-def _in_space(select: Callable[..., Kept]) -> Callable[..., Kept]:
-    """A peer with the distance on the grid mixed into its own."""
-
-    def select_in_space(features, saliency, relevance, num_kept: int, *, grid: tuple[int, int]) -> Kept:
-        return select(features, saliency, relevance, num_kept, distances=mixed_distances(features, grid, _SPACE))
-
-    return select_in_space
-
-
-def _visionzip_by_priority(features, saliency, relevance, num_kept: int, *, keys) -> Kept:
-    """A peer that ranks by saliency, given the priority of [`fsr_evenly`] in its place."""
-    priority = _priority(saliency, relevance, alpha=1.0, beta=1.0)
-    return visionzip(features, priority, relevance, num_kept, keys=keys)
+    return select_by_priority
 
 
 def _fsr_without_scan(features, saliency, relevance, num_kept: int, **settings) -> Kept:
@@ -93,8 +81,9 @@ def _fsr_without_scan(features, saliency, relevance, num_kept: int, **settings) 
 
 # The package's defaults for LLaVA: what a variant of FSR does not change.
 _FSR = FSRLlavaConfig().fsr_config
-_DEFAULTS = {name: getattr(_FSR, name) for name in ("alpha", "beta", "rho", "focus_limit", "kappa", "focus_mass")}
-_INVERTED = _FSR.invert_relevance
+_DEFAULTS = {name: getattr(_FSR, name) for name in SELECTION_FIELDS}
+# The paper's formulas, where it says something of the matter.
+_PAPER = {"focus_limit": 1.0, "uniform_scan": 0.0, "kappa": 1.0}
 
 
 @dataclass(frozen=True)
@@ -109,10 +98,9 @@ class Method:
             As in `benchmarks/selectors.py`.
         before_projector (`bool`):
             Whether it works on the features of the vision tower; what it keeps then goes through the projector.
-        inverted (`bool`):
-            Whether relevance is the cosine of question and patch times -1.
-        by_values (`bool`):
-            Whether relevance is `smooth_contrast` of a [`Batch`] instead: a trial, not part of the package.
+        reads (`str`):
+            Where relevance comes from: `"values"`, the package's; `"states"`, the cosine of question and patch; or
+            `"negated"`, that times -1.
         needs (`tuple[str, ...]`):
             What else it takes: `"generator"`, `"grid"` or `"keys"`.
         settings (`dict`, *optional*):
@@ -122,8 +110,7 @@ class Method:
     label: str
     select: Callable[..., Kept]
     before_projector: bool = False
-    inverted: bool = True
-    by_values: bool = False
+    reads: str = "values"
     needs: tuple[str, ...] = ()
     settings: dict[str, Any] | None = None
 
@@ -132,7 +119,6 @@ class Method:
         return self.select is fsr
 
 
-_OTHER_SIGN = "relevance not inverted" if _INVERTED else "relevance inverted"
 METHODS = {
     "unpruned": Method(
         "Unpruned", lambda features, *_: (features, features.new_empty(len(features), 0, dtype=torch.long))
@@ -143,39 +129,33 @@ METHODS = {
     "vispruner": Method("VisPruner", vispruner, before_projector=True),
     "visionzip": Method("VisionZip", visionzip, before_projector=True, needs=("keys",)),
     "divprune": Method("DivPrune", divprune),
-    "cdpruner": Method("CDPruner", cdpruner),
+    "cdpruner": Method("CDPruner", cdpruner, reads="negated"),
     "holov": Method("HoloV", holov),
     "idpruner": Method("IDPruner", idpruner),
     "scope": Method("SCOPE", scope, before_projector=True),
     "prunesid": Method("PruneSID", prunesid, before_projector=True),
-    "vispruner-space": Method("VisPruner", _in_space(vispruner), before_projector=True, needs=("grid",)),
-    "divprune-space": Method("DivPrune", _in_space(divprune), needs=("grid",)),
-    "idpruner-space": Method("IDPruner", _in_space(idpruner), needs=("grid",)),
-    "scope-space": Method("SCOPE", _in_space(scope), before_projector=True, needs=("grid",)),
-    "fsr-space": Method("FSR", fsr_in_space, inverted=_INVERTED, needs=("grid",), settings={"scan_space": _SPACE}),
     "visionzip-values": Method(
-        "VisionZip, relevance by values",
-        _visionzip_by_priority,
-        before_projector=True,
-        by_values=True,
-        needs=("keys",),
+        "VisionZip, relevance by values", _by_priority(visionzip), before_projector=True, needs=("keys",)
     ),
-    "cdpruner-values": Method("CDPruner, relevance by values", cdpruner, by_values=True),
-    "fsr-values": Method("FSR, the trial", fsr_evenly, by_values=True),
-    "fsr": Method("FSR", fsr, inverted=_INVERTED, settings={}),
-    "fsr-paper": Method("FSR, the literal formulas", fsr, inverted=False, settings={"focus_limit": 1.0}),
-    "fsr-other-sign": Method(_OTHER_SIGN, fsr, inverted=not _INVERTED, settings={}),
-    "fsr-limit1": Method("`focus_limit=1`", fsr, inverted=_INVERTED, settings={"focus_limit": 1.0}),
+    "cdpruner-values": Method("CDPruner, relevance by values", cdpruner),
+    "idpruner-values": Method("IDPruner, relevance by values", _by_priority(idpruner)),
+    "scope-values": Method("SCOPE, relevance by values", _by_priority(scope), before_projector=True),
+    "fsr": Method("FSR", fsr, settings={}),
+    "fsr-paper": Method("FSR, the literal formulas", fsr, reads="states", settings=_PAPER),
+    "fsr-earlier": Method("FSR, the defaults of before", fsr, reads="negated", settings=_PAPER | {"focus_limit": 0.5}),
+    "fsr-states": Method("relevance of the patches' own states", fsr, reads="states", settings={}),
+    "fsr-negated": Method("the same, negated", fsr, reads="negated", settings={}),
     "fsr-alpha0": Method("α = 0: no relevance", fsr, settings={"alpha": 0.0}),
-    "fsr-beta0": Method("β = 0: no saliency", fsr, inverted=_INVERTED, settings={"beta": 0.0}),
-    "fsr-no-scan": Method("no Scan: top K by priority", _fsr_without_scan, inverted=_INVERTED, settings={}),
-    "fsr-no-refine": Method("no Refine: κ = 0", fsr, inverted=_INVERTED, settings={"kappa": 0.0}),
-    "fsr-kappa5": Method("κ = 5", fsr, inverted=_INVERTED, settings={"kappa": 5.0}),
-    "fsr-rho0.5": Method("ρ = 0.5", fsr, inverted=_INVERTED, settings={"rho": 0.5}),
-    "fsr-mass-budget": Method('`focus_mass="budget"`', fsr, inverted=_INVERTED, settings={"focus_mass": "budget"}),
-    "fsr-before-projector": Method(
-        "Scan and Refine before the projector", fsr, before_projector=True, inverted=_INVERTED, settings={}
-    ),
+    "fsr-no-even": Method("`uniform_scan=0`: Eq. 5 alone", fsr, settings={"uniform_scan": 0.0}),
+    "fsr-kappa1": Method("κ = 1", fsr, settings={"kappa": 1.0}),
+    "fsr-no-refine": Method("κ = 0: no Refine", fsr, settings={"kappa": 0.0}),
+    "fsr-limit0.5": Method("`focus_limit=0.5`", fsr, settings={"focus_limit": 0.5}),
+    "fsr-limit1": Method("`focus_limit=1`", fsr, settings={"focus_limit": 1.0}),
+    "fsr-no-scan": Method("no Scan: top K by priority", _fsr_without_scan, settings={}),
+    "fsr-beta0": Method("β = 0: no saliency", fsr, settings={"beta": 0.0}),
+    "fsr-rho0.5": Method("ρ = 0.5", fsr, settings={"rho": 0.5}),
+    "fsr-mass-budget": Method('`focus_mass="budget"`', fsr, settings={"focus_mass": "budget"}),
+    "fsr-before-projector": Method("Scan and Refine before the projector", fsr, before_projector=True, settings={}),
 }
 
 
@@ -201,18 +181,16 @@ class Batch:
             Keys of the block that saliency comes from, averaged over heads.
         saliency (`torch.FloatTensor` of shape `(batch, num_tokens)`):
             Eq. 1.
+        relevance (`torch.FloatTensor` of shape `(batch, num_tokens)`):
+            As the package computes it by default: the mean of `value_contrast` over the 3 x 3 patches around each.
         cosine (`torch.FloatTensor` of shape `(batch, num_tokens)`):
-            Eq. 2, not inverted.
+            Eq. 2 as it is written, of the patches' own states.
         name_cosine (`torch.FloatTensor` of shape `(batch, num_tokens)`):
             The same for the name of the object in question, such as "a red star"; of no meaning without one.
         value_cosine (`torch.FloatTensor` of shape `(batch, num_tokens)`):
-            Eq. 2 of the question and what a patch hands to [CLS] in the last block: its value, through the output
-            projection. The contrastive loss trained CLIP on [CLS] alone, so this is the one way on which a patch was
-            ever compared with text.
+            Eq. 2 of what a patch hands to [CLS] in the last block.
         value_contrast (`torch.FloatTensor` of shape `(batch, num_tokens)`):
-            `value_cosine`, less that of a question about nothing in particular, `NEUTRAL_QUESTION`.
-        smooth_contrast (`torch.FloatTensor` of shape `(batch, num_tokens)`):
-            The mean of `value_contrast` over the 3 x 3 patches around each, at the border over those that exist.
+            `value_cosine`, less that of a question without a word.
         on_object (`torch.BoolTensor` of shape `(batch, num_tokens)`):
             Patches of the object in question; none without one.
         on_other (`torch.BoolTensor` of shape `(batch, num_tokens)`):
@@ -229,11 +207,11 @@ class Batch:
     tokens: torch.Tensor
     keys: torch.Tensor
     saliency: torch.Tensor
+    relevance: torch.Tensor
     cosine: torch.Tensor
     name_cosine: torch.Tensor
     value_cosine: torch.Tensor
     value_contrast: torch.Tensor
-    smooth_contrast: torch.Tensor
     on_object: torch.Tensor
     on_other: torch.Tensor
     grid: tuple[int, int]
@@ -248,7 +226,7 @@ Example = tuple[Scene, Question]
 def load(folder: str | os.PathLike, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
     """The model, with FSR's defaults whatever its config says, and its processor."""
     model = FSRLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
-    for name in (*_DEFAULTS, "relevance", "invert_relevance", "positions"):
+    for name in (*_DEFAULTS, "relevance", "positions"):
         setattr(model.config.fsr_config, name, getattr(_FSR, name))
     if model.config.fsr_config.text_encoder_config is None:
         raise ValueError(
@@ -277,9 +255,10 @@ def encode(model, processor, examples: Sequence[Example]) -> Batch:
     """Run the towers for a batch of questions, each about a picture of its own."""
     inputs = prompts(processor, examples).to(model.device)
     text_encoder = model.model.text_encoder
-    question = text_encoder.encode_query(inputs["query_input_ids"], inputs["query_attention_mask"])
+    query = (inputs["query_input_ids"], inputs["query_attention_mask"])
+    question, contrast = (text_encoder.encode_query(*query, less_empty=less_empty) for less_empty in (False, True))
     outputs, saliency, relevance = model.model.run_clip_tower(
-        inputs["pixel_values"].to(model.dtype), list(range(len(examples))), question
+        inputs["pixel_values"].to(model.dtype), list(range(len(examples))), contrast
     )
     tower = model.model.vision_tower
     num_layers = tower.config.num_hidden_layers
@@ -288,14 +267,11 @@ def encode(model, processor, examples: Sequence[Example]) -> Batch:
     keys = attention.k_proj(tower.encoder.layers[layer - 1].layer_norm1(outputs.hidden_states[layer - 1][:, 1:]))
     objects = [None if asked.target is None else scene.objects[asked.target] for scene, asked in examples]
     names = ["" if item is None else f"a {item.color} {item.shape}" for item in objects]
-    named = processor.tokenize_queries([*names, NEUTRAL_QUESTION])
+    named = processor.tokenize_queries(names)
     name = text_encoder.encode_query(*(torch.tensor(ids, device=model.device) for ids in named.values()))
-    name, neutral = name[:-1], name[-1:].expand_as(question)
-    states = outputs.hidden_states[num_layers - 1][:, 1:]
-    last = tower.encoder.layers[-1]
-    values = tower.post_layernorm(last.self_attn.out_proj(last.self_attn.v_proj(last.layer_norm1(states))))
-    value_cosine = text_encoder(values, question)
-    value_contrast = value_cosine - text_encoder(values, neutral)
+    states = outputs.hidden_states[num_layers - 1]
+    values = tower.post_layernorm(patch_values(tower.encoder.layers[-1], states))
+    states = tower.post_layernorm(states[:, 1:])
     size = tower.config.image_size // tower.config.patch_size
     patch_size = tower.config.patch_size
     on_object = object_patches([None if item is None else item.box for item in objects], size, patch_size)
@@ -318,13 +294,11 @@ def encode(model, processor, examples: Sequence[Example]) -> Batch:
         tokens=torch.stack(list(outputs.pooler_output)),
         keys=keys.unflatten(-1, (attention.num_heads, -1)).mean(-2),
         saliency=saliency,
-        cosine=-relevance if model.config.fsr_config.invert_relevance else relevance,
-        name_cosine=text_encoder(tower.post_layernorm(states), name),
-        value_cosine=value_cosine,
-        value_contrast=value_contrast,
-        smooth_contrast=torch.nn.functional.avg_pool2d(
-            value_contrast.float().unflatten(1, (1, size, size)), 3, stride=1, padding=1, count_include_pad=False
-        ).flatten(1),
+        relevance=relevance,
+        cosine=text_encoder(states, question),
+        name_cosine=text_encoder(states, name),
+        value_cosine=text_encoder(values, question),
+        value_contrast=text_encoder(values, contrast),
         on_object=on_object.to(model.device),
         on_other=(on_other & ~on_object).to(model.device),
         grid=(size, size),
@@ -369,15 +343,18 @@ def object_patches(boxes: Sequence[tuple | None], size: int, patch_size: int) ->
     return (2 * area >= patch_size**2).flatten(1)
 
 
+def relevance_of(method: Method, batch: Batch) -> torch.Tensor:
+    """What a method takes for relevance, `(batch, num_tokens)`."""
+    return {"values": batch.relevance, "states": batch.cosine, "negated": -batch.cosine}[method.reads]
+
+
 def select(model, method: Method, batch: Batch, num_kept: int, generator: torch.Generator | None = None) -> Kept:
     """What a method keeps, as the language model receives it, and the indices."""
     extra = {name: generator if name == "generator" else getattr(batch, name) for name in method.needs}
     if method.settings is not None:
         extra |= _DEFAULTS | method.settings
     features = batch.patches if method.before_projector else batch.tokens
-    relevance = -batch.cosine if method.inverted else batch.cosine
-    relevance = batch.smooth_contrast if method.by_values else relevance
-    kept, indices = method.select(features, batch.saliency, relevance, num_kept, **extra)
+    kept, indices = method.select(features, batch.saliency, relevance_of(method, batch), num_kept, **extra)
     return model.model.multi_modal_projector(kept) if method.before_projector else kept, indices
 
 
@@ -507,7 +484,7 @@ def measure(
         "seeds": list(seeds),
         "checked": checked,
         "positions": positions,
-        "fsr": _DEFAULTS | {"invert_relevance": _INVERTED},
+        "fsr": _DEFAULTS | {"relevance": "clip_values"},
         **summarize(tallies, asked, num_tokens, positions),
         "sign": {
             against: _summarize_areas(of_scores, [kind for _, kind in asked]) for against, of_scores in areas.items()
@@ -533,8 +510,7 @@ def _tally(tally: Tally, model, method: Method, batch: Batch, budget: int, gener
         tally.recall.append(((kept & batch.on_object).sum(-1) / batch.on_object.sum(-1)).cpu())
     if method.has_focus:
         settings = _DEFAULTS | method.settings
-        relevance = -batch.cosine if method.inverted else batch.cosine
-        for name, given in (("with_query", relevance), ("without_query", None)):
+        for name, given in (("with_query", relevance_of(method, batch)), ("without_query", None)):
             priority = _priority(batch.saliency, given, **settings)
             tally.focus[name].append(focus_sizes(priority, budget, **settings).cpu())
 
@@ -567,10 +543,11 @@ def _object_scores(batch: Batch) -> dict[str, torch.Tensor]:
         "name": batch.name_cosine,
         "values": batch.value_cosine,
         "contrast": batch.value_contrast,
-        "smooth": batch.smooth_contrast,
+        "relevance": batch.relevance,
         "saliency": batch.saliency,
-        "priority-inverted": _priority(batch.saliency, -batch.cosine, **_DEFAULTS),
-        "priority": _priority(batch.saliency, batch.cosine, **_DEFAULTS),
+        "priority": _priority(batch.saliency, batch.relevance, **_DEFAULTS),
+        "priority-states": _priority(batch.saliency, batch.cosine, **_DEFAULTS),
+        "priority-negated": _priority(batch.saliency, -batch.cosine, **_DEFAULTS),
     }
 
 

@@ -29,11 +29,8 @@ __all__ = [
     "divprune",
     "fastervlm",
     "fsr",
-    "fsr_evenly",
-    "fsr_in_space",
     "holov",
     "idpruner",
-    "mixed_distances",
     "prunesid",
     "random_tokens",
     "scope",
@@ -49,71 +46,6 @@ def fsr(features, saliency, relevance, num_kept: int, **settings) -> Kept:
     """Focus-Scan-Refine (arXiv 2602.05809), of this package. `settings`: those of `select_visual_tokens`."""
     selection = select_visual_tokens(features, saliency, relevance, num_kept, **settings)
     return selection.features, selection.indices
-
-
-def fsr_in_space(
-    features, saliency, relevance, num_kept: int, *, grid: tuple[int, int], scan_space: float, **settings
-) -> Kept:
-    """
-    A trial, not part of the package: Focus as [`fsr`] has it, and Scan (Eq. 5) by [`mixed_distances`]. It leaves out
-    Refine, which hardly changes an answer.
-
-    Args:
-        scan_space (`float`):
-            Share of the distance on the grid; 0 is Eq. 5.
-    """
-    selection = select_visual_tokens(features, saliency, relevance, num_kept, **settings | {"kappa": 0.0})
-    kept = torch.zeros(saliency.shape, dtype=torch.bool, device=features.device)
-    kept = kept.scatter(1, selection.indices, selection.is_focus)
-    distances = mixed_distances(features, grid, scan_space)
-    nearest = distances.masked_fill(~kept[..., None], torch.inf).amin(1).masked_fill(kept, -torch.inf)
-    for _ in range(num_kept - 1):
-        chosen = nearest.argmax(-1, keepdim=True)
-        has_room = kept.sum(-1, keepdim=True) < num_kept
-        kept = kept.scatter(1, chosen, has_room | kept.gather(1, chosen))
-        nearest = torch.minimum(nearest, _take(distances, chosen)[:, 0]).scatter_(1, chosen, -torch.inf)
-    return _keep(features, kept.nonzero()[:, 1].view(len(kept), num_kept))
-
-
-def fsr_evenly(
-    features, saliency, relevance, num_kept: int, *, focus_share: float = 0.25, saliency_weight: float = 0.5
-) -> Kept:
-    """
-    A trial, not part of the package. It has FSR's three steps, and each differs:
-
-    - Focus keeps the share `focus_share` of the budget, by the priority with both exponents 1.
-    - Scan adds the token with the highest `saliency_weight * saliency + (1 - saliency_weight) * distance`, where
-      distance is that to the nearest kept token, by cosines; both are scaled to [0, 1] in each picture. The last
-      `num_kept ** 2 // num_tokens` tokens of the budget it spreads evenly over all that is left, in reading order: the
-      background gets the share of the budget that the budget is of the picture.
-    - Refine adds to each token of Scan the mean of the dropped tokens that are most similar to it.
-    """
-    num_tokens = features.shape[1]
-    saliency = _min_max(saliency)
-    rank = _top(saliency * _min_max(relevance), num_tokens).argsort(dim=-1)
-    num_focus = max(1, int(focus_share * num_kept + 1e-6))
-    num_even = min(num_kept**2 // num_tokens, num_kept - num_focus)
-    is_focus = rank < num_focus
-    kept = is_focus
-    cosines = _cosines(features)
-    distances = (1 - cosines).clamp(min=0)
-    distances = distances / distances.amax((1, 2), keepdim=True).clamp(min=1e-12)
-    nearest = distances.masked_fill(~kept[..., None], torch.inf).amin(1)
-    for _ in range(num_kept - num_even - num_focus):
-        gain = saliency_weight * saliency + (1 - saliency_weight) * nearest
-        chosen = gain.masked_fill(kept, -torch.inf).argmax(-1, keepdim=True)
-        kept = kept.scatter(1, chosen, True)
-        nearest = torch.minimum(nearest, _take(distances, chosen)[:, 0])
-    place = (~kept).cumsum(-1)  # among those that are left, from 1
-    num_left = num_tokens - num_kept + num_even
-    kept = kept | ~kept & (place * num_even // num_left > (place - 1) * num_even // num_left)
-
-    is_anchor = kept & ~is_focus
-    anchor = cosines.masked_fill(~is_anchor[:, None], -torch.inf).argmax(-1)  # of each token
-    members = torch.zeros_like(cosines).scatter(2, anchor[..., None], 1.0) * ~kept[..., None]
-    mean = members.mT @ features.float() / members.sum(1)[..., None].clamp(min=1)
-    merged = torch.where(is_anchor[..., None], features.float() + mean, features.float()).to(features.dtype)
-    return _keep(merged, kept.nonzero()[:, 1].view(len(kept), num_kept))
 
 
 def random_tokens(features, saliency, relevance, num_kept: int, *, generator: torch.Generator | None = None) -> Kept:
@@ -154,7 +86,6 @@ def vispruner(
     *,
     important_ratio: float = 0.5,
     step: int = 8,
-    distances: torch.Tensor | None = None,
 ) -> Kept:
     """
     VisPruner, "Beyond Text-Visual Attention" (ICCV 2025, arXiv 2412.01818v2). A share of the budget goes to the tokens
@@ -163,17 +94,13 @@ def vispruner(
     most similar to a token of the second go, again and again.
 
     In the paper `features` are those of the vision tower, before the projector.
-
-    Args:
-        distances (`torch.FloatTensor` of shape `(batch, num_tokens, num_tokens)`, *optional*):
-            In place of the cosine distances.
     """
     num_tokens = features.shape[1]
     num_important = int(num_kept * important_ratio)
     num_diverse = num_kept - num_important
     order = saliency.float().argsort(dim=-1, descending=True, stable=True)
     important, others = order[:, :num_important], order[:, num_important:]
-    cosines = _cosines(features) if distances is None else 1 - distances
+    cosines = _cosines(features)
     while others.shape[1] > num_diverse:
         first, second = others[:, ::2], others[:, 1::2]
         number = min(step, others.shape[1] - num_diverse, first.shape[1])
@@ -224,18 +151,14 @@ def visionzip(
     return torch.cat([_take(features, dominant), contextual], dim=1), torch.cat([dominant, targets], dim=1)
 
 
-def divprune(features, saliency, relevance, num_kept: int, *, distances: torch.Tensor | None = None) -> Kept:
+def divprune(features, saliency, relevance, num_kept: int) -> Kept:
     """
     DivPrune (CVPR 2025, arXiv 2503.02175): the max-min diversity problem, solved greedily. The first token is the one
     whose nearest other token is farthest away, in cosine distance; then always the one farthest from all chosen.
 
     In the paper `features` are the tokens after the projector.
-
-    Args:
-        distances (`torch.FloatTensor` of shape `(batch, num_tokens, num_tokens)`, *optional*):
-            In place of the cosine distances.
     """
-    cosines = _cosines(features) if distances is None else 1 - distances
+    cosines = _cosines(features)
     others = cosines.clone()
     others.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     chosen = others.amax(-1).argmin(-1, keepdim=True)
@@ -248,7 +171,7 @@ def divprune(features, saliency, relevance, num_kept: int, *, distances: torch.T
     return _keep(features, torch.cat(indices, dim=1))
 
 
-def cdpruner(features, saliency, relevance, num_kept: int, *, distances: torch.Tensor | None = None) -> Kept:
+def cdpruner(features, saliency, relevance, num_kept: int) -> Kept:
     """
     CDPruner (NeurIPS 2025, arXiv 2506.10967): greedy MAP inference of a determinantal point process whose kernel is
     the cosine of two tokens times the relevance of both, min-max normalised; without a question, the cosine alone. The
@@ -257,12 +180,8 @@ def cdpruner(features, saliency, relevance, num_kept: int, *, distances: torch.T
     `features` are the tokens after the projector, as in the authors' code. That code has no chunks of a long question
     with BOS and EOS of their own; questions here are short. Without the small number in the denominator below, a
     constant relevance would be undefined.
-
-    Args:
-        distances (`torch.FloatTensor` of shape `(batch, num_tokens, num_tokens)`, *optional*):
-            In place of the cosine distances.
     """
-    kernel = _cosines(features) if distances is None else 1 - distances
+    kernel = _cosines(features)
     kernel.diagonal(dim1=1, dim2=2).fill_(1.0)  # rounded, the first choice among equals would be by chance
     if relevance is not None:
         relevance = relevance.float()
@@ -322,7 +241,6 @@ def idpruner(
     num_kept: int,
     *,
     importance_weight: float = 0.5,
-    distances: torch.Tensor | None = None,
 ) -> Kept:
     """
     IDPruner (arXiv 2602.13315; AngelSlim): maximal marginal relevance. The most important token comes first, then
@@ -332,12 +250,8 @@ def idpruner(
 
     That code takes importance from a scorer of its own that was trained for each model (VisionSelector). There is
     none for this model, so it is the attention of [CLS] here.
-
-    Args:
-        distances (`torch.FloatTensor` of shape `(batch, num_tokens, num_tokens)`, *optional*):
-            In place of the cosine distances.
     """
-    cosines = _cosines(features) if distances is None else 1 - distances
+    cosines = _cosines(features)
     saliency = saliency.float()
     low, high = saliency.amin(-1, keepdim=True), saliency.amax(-1, keepdim=True)
     importance = (saliency - low) / (high - low + 1e-6)
@@ -351,18 +265,14 @@ def idpruner(
     return _keep(features, torch.cat(indices, dim=1))
 
 
-def scope(features, saliency, relevance, num_kept: int, *, distances: torch.Tensor | None = None) -> Kept:
+def scope(features, saliency, relevance, num_kept: int) -> Kept:
     """
     SCOPE (NeurIPS 2025, arXiv 2510.24214). Always the token with the highest product of saliency and coverage gain
     is added: how much closer all tokens come, in sum over their cosines, to the most similar chosen one. A negative
     cosine counts as 0. `features` are those of the vision tower, as in the authors' code, and the exponent of the
     saliency is 1, its default.
-
-    Args:
-        distances (`torch.FloatTensor` of shape `(batch, num_tokens, num_tokens)`, *optional*):
-            In place of the cosine distances.
     """
-    cosines = _cosines(features) if distances is None else 1 - distances
+    cosines = _cosines(features)
     saliency = saliency.float()
     covered = torch.zeros_like(saliency)
     indices = []
@@ -450,31 +360,9 @@ SELECTORS: dict[str, Callable[..., Kept]] = {
 }
 
 
-def mixed_distances(features, grid: tuple[int, int], share: float, metric: bool = False) -> torch.Tensor:
-    """
-    Distances of tokens in their features and on the grid, `(1 - share) * d_features + share * d_grid`, both on
-    [0, 1], `(batch, num_tokens, num_tokens)`.
-
-    Args:
-        metric (`bool`, *optional*, defaults to `False`):
-            Whether the first is `sqrt((1 - cos) / 2)`, which is a metric, and not `1 - cos`.
-    """
-    rows, columns = torch.meshgrid(*(torch.arange(size, device=features.device) for size in grid), indexing="ij")
-    places = torch.stack([rows, columns], dim=-1).flatten(0, 1).float()
-    apart = torch.cdist(places, places)
-    cosine = 1 - _cosines(features).clamp(-1.0, 1.0)
-    return (1 - share) * ((cosine / 2).sqrt() if metric else cosine) + share * apart / apart.amax()
-
-
 def _top(scores, number):
     """Positions of the highest scores, the lower index first among equal ones."""
     return scores.float().argsort(dim=-1, descending=True, stable=True)[:, :number]
-
-
-def _min_max(scores):
-    scores = scores.float()
-    low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
-    return (scores - low) / (high - low).clamp(min=1e-12)
 
 
 def _cosines(features):

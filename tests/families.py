@@ -123,7 +123,7 @@ class Family:
         model_class, config (`type`, `dict`): The class under test; the arguments of its tiny config but `fsr_config`.
         reference_class, reference_config_class (`type`): The stock classes. The oracle decodes with them.
         make_item (`Callable`): `(kind, generator)` to [`Item`].
-        layout (`Callable`): `(reference model, item, clip, query)` to [`~oracle.Layout`], for the oracle. `clip` is a
+        layout (`Callable`): `(reference model, item, clip, query, fsr_config)` to [`~oracle.Layout`], for the oracle. `clip` is a
             `CLIPModel` with the weights of tower and text encoder or `None`; `query` is `(chunks, 77)` ids or `None`.
         placeholder_ids (`tuple[int, ...]`): Ids that pixels fill.
         is_stock (`bool`): Whether the unpruned model is the reference model itself.
@@ -567,7 +567,9 @@ def _llava_video_collate(items: list[Item]) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def llava_video_layout(reference, item: Item, clip, query, fsr=None, pool: str = "item", mode: str = "bilinear") -> Layout:
+def llava_video_layout(
+    reference, item: Item, clip, query, fsr=None, pool: str = "item", mode: str = "bilinear"
+) -> Layout:
     """The item as one pool, or in pools of one frame (or view, where its tokens belong to one) each."""
     if item.modality == "video":
         frames_of = item.inputs["pixel_values_videos"][0]

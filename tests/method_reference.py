@@ -91,7 +91,9 @@ def reference(
         if i not in kept and finite[i] and candidates:
             assigned[i] = descending(candidates, gaps)[0]
             similarity[i] = candidates[assigned[i]]
-    merged = descending(similarity, gaps)[: math.floor(kappa * len(anchors) + 1e-6)]
+    merged = descending(similarity, gaps)
+    if kappa is not None:
+        merged = merged[: math.floor(kappa * len(anchors) + 1e-6)]
     merged_into = {i: assigned[i] for i in merged}
 
     # Eq. 9, token by token

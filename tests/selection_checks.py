@@ -50,7 +50,13 @@ def check_row(selection, row, features, saliency, relevance, mask, budget, setti
 SETTINGS = [
     dict(zip(("alpha", "beta", "rho", "focus_limit", "uniform_scan", "kappa", "focus_mass"), values, strict=True))
     for values in itertools.product(
-        (0, 1, 3), (0, 1), (0.3, 0.5, 0.9, 1.0), (0.3, 0.5, 1.0), (0, 0, 0.5, 1, 2.5), (0, 0.5, 1, 5), ("all", "budget")
+        (0, 1, 3),
+        (0, 1),
+        (0.3, 0.5, 0.9, 1.0),
+        (0.3, 0.5, 1.0),
+        (0, 0, 0.5, 1, 2.5),
+        (0, 0.5, 1, 5, None),
+        ("all", "budget"),
     )
 ]
 

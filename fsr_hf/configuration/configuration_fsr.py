@@ -44,7 +44,7 @@ _RULES = {
     "rho": (lambda v: _is_number(v) and 0 < v <= 1, "a number in (0, 1]"),
     "focus_limit": (lambda v: _is_number(v) and 0 < v <= 1, "a number in (0, 1]"),
     "uniform_scan": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
-    "kappa": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
+    "kappa": (lambda v: v is None or (_is_number(v) and v >= 0), "a number >= 0, or None"),
     "focus_mass": (_one_of("all", "budget"), '"all" or "budget"'),
     "relevance": (_one_of("clip_values", "clip", "none", None), '"clip_values", "clip", "none" or None'),
     "invert_relevance": (_one_of(True, False), "True or False"),
@@ -128,22 +128,22 @@ class FSRConfig(PreTrainedConfig):
             Eq. 4 asks for more tokens than that. With 1.0 flat scores let Focus fill the budget, and the selection is
             the top tokens by priority; a half leaves Scan at least as many tokens as Focus takes.
         uniform_scan (`float`, *optional*, defaults to 0.0):
-            How many tokens Scan spreads evenly over the image before Eq. 5 adds the others, as a multiple of the budget
-            times its share of all tokens: with 1.0, of 64 tokens out of 576 seven, of 192 sixty-four. 0 is Eq. 5 alone,
-            the paper's formula.
+            How many tokens Scan spreads evenly over the image before Eq. 5 adds the others, as a multiple of the
+            budget times its share of all tokens: with 1.0, of 64 tokens out of 576 seven, of 192 sixty-four. 0 is
+            Eq. 5 alone, the paper's formula.
         kappa (`float`, *optional*, defaults to 1.0):
-            How many dropped tokens are merged, as a multiple of the number of Scan tokens (Refine).
+            How many dropped tokens are merged, as a multiple of the number of Scan tokens (Refine). `None`: all.
         focus_mass (`str`, *optional*, defaults to `"all"`):
             The mass that `rho` refers to: of all tokens (`"all"`, the paper), or of the `num_visual_tokens` tokens of
             highest priority (`"budget"`, which leaves room for Scan whenever `rho < 1`).
         relevance (`str`, *optional*):
-            Where Eq. 2 comes from. `"clip_values"`: what a patch hands to [CLS] in the last block, against the question
-            in CLIP's joint space, less the same against a text without a word, as a mean over 3 x 3 patches. `"clip"`:
-            the state of a patch against the question, the paper's formula. `"none"`: no question, saliency alone.
-            `None` means `"clip_values"` if there is a `text_encoder_config`.
+            Where Eq. 2 comes from. `"clip_values"`: what a patch hands to [CLS] in the last block, against the
+            question in CLIP's joint space, less the same against a text without a word, as a mean over 3 x 3 patches.
+            `"clip"`: the state of a patch against the question, the paper's formula. `"none"`: no question, saliency
+            alone. `None` means `"clip_values"` if there is a `text_encoder_config`.
         invert_relevance (`bool`, *optional*, defaults to `True`):
-            With `relevance="clip"`, whether relevance is the negated cosine. The states of CLIP's patches score *lower*
-            on the thing that the text names than on the background; `False` is the paper's literal formula.
+            With `relevance="clip"`, whether relevance is the negated cosine. The states of CLIP's patches score
+            *lower* on the thing that the text names than on the background; `False` is the paper's literal formula.
         text_encoder_config (`CLIPTextConfig` or `dict`, *optional*):
             The CLIP text tower whose weights are in the checkpoint; `None` if there is none.
         pool (`str`, *optional*):
@@ -177,7 +177,7 @@ class FSRConfig(PreTrainedConfig):
     rho: float | int = 0.9
     focus_limit: float | int = 0.5
     uniform_scan: float | int = 0.0
-    kappa: float | int = 1.0
+    kappa: float | int | None = 1.0
     focus_mass: str = "all"
     relevance: str | None = None
     invert_relevance: bool = True
@@ -328,8 +328,9 @@ class FSRConfigMixin:
             config._attn_implementation = self._attn_implementation
         if self.no_relevance_reason and (config.uses_relevance or config.text_encoder_config is not None):
             raise ValueError(
-                '`fsr_config.relevance="clip"` (or `"clip_values"`) and `fsr_config.text_encoder_config` are not supported: '
-                f'{self.no_relevance_reason} FSR ranks them by saliency alone here: leave `relevance` at "none".'
+                '`fsr_config.relevance="clip"` (or `"clip_values"`) and `fsr_config.text_encoder_config` are not '
+                f"supported: {self.no_relevance_reason} FSR ranks them by saliency alone here: leave `relevance` at "
+                '"none".'
             )
         return config
 

@@ -24,7 +24,7 @@ class FSRLlavaConfig(RemoteCodeMixin, FSRConfigMixin, LlavaConfig):
     sub_configs: ClassVar[dict] = {**LlavaConfig.sub_configs, "fsr_config": FSRConfig}
     fsr_defaults: ClassVar[dict] = {"num_visual_tokens": 128, "pool": "item", "positions": "original"}
     # Measured in docs/quality.md.
-    fsr_settings: ClassVar[dict] = {"focus_limit": 0.25, "uniform_scan": 1.0, "kappa": 5.0}
+    fsr_settings: ClassVar[dict] = {"focus_limit": 0.25, "uniform_scan": 1.0, "kappa": None}
 
     fsr_config: dict | PreTrainedConfig | None = None
 

@@ -25,7 +25,7 @@ class FSRLlavaNextConfig(RemoteCodeMixin, FSRConfigMixin, LlavaNextConfig):
     sub_configs: ClassVar[dict] = {**LlavaNextConfig.sub_configs, "fsr_config": FSRConfig}
     fsr_defaults: ClassVar[dict] = {"retention_ratio": 1 / 9, "pool": "view", "positions": "original"}
     # Those of LLaVA-1.5, whose tower it has.
-    fsr_settings: ClassVar[dict] = {"focus_limit": 0.25, "uniform_scan": 1.0, "kappa": 5.0}
+    fsr_settings: ClassVar[dict] = {"focus_limit": 0.25, "uniform_scan": 1.0, "kappa": None}
 
     fsr_config: dict | PreTrainedConfig | None = None
 

@@ -203,7 +203,9 @@ def _make_config(
         config.fsr_config.relevance = fsr_config.get("relevance")
     elif config.fsr_config.text_encoder_config is None:
         if fsr_config.get("relevance") not in (None, "none"):
-            raise ValueError(f'`relevance="{fsr_config["relevance"]}"` needs a CLIP checkpoint: name it with `text_encoder`.')
+            raise ValueError(
+                f'`relevance="{fsr_config["relevance"]}"` needs a CLIP checkpoint: name it with `text_encoder`.'
+            )
         config.fsr_config.relevance = "none"
     return family, config
 

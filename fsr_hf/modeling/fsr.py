@@ -65,7 +65,7 @@ def select_visual_tokens(
     rho: float = 0.9,
     focus_limit: float = 0.5,
     uniform_scan: float = 0.0,
-    kappa: float = 1.0,
+    kappa: float | None = 1.0,
     focus_mass: str = "all",
     max_num_visual_tokens: int | None = None,
 ) -> VisualSelection:
@@ -137,7 +137,7 @@ def select_visual_tokens(
     return VisualSelection(kept.masked_fill(kept == num_tokens, -1), is_focus, refined, priority, merged_into)
 
 
-def refine_like(selection: VisualSelection, features: torch.Tensor, kappa: float) -> torch.Tensor:
+def refine_like(selection: VisualSelection, features: torch.Tensor, kappa: float | None) -> torch.Tensor:
     """
     Refine (Eq. 9) other features of the same tokens, `(batch, num_tokens, size)`, with the anchors and the weights of
     what [`select_visual_tokens`] returned for this `kappa`: `(batch, num_kept, size)`, zeros at padding.
@@ -290,7 +290,8 @@ def _nearest_anchor(cosines, anchors):
 
 def _refine(features, priority, mask, kept, is_focus, nearest, similarity, kappa):
     """
-    Eq. 9: merge the dropped tokens that are most similar to their nearest anchor into it, `kappa` for each anchor.
+    Eq. 9: merge the dropped tokens that are most similar to their nearest anchor into it, `kappa` for each anchor, or
+    all of them.
 
     Applied to all tokens that an anchor absorbs, the paper's update is the mean of anchor and tokens, weighted by
     priority.
@@ -304,17 +305,18 @@ def _refine(features, priority, mask, kept, is_focus, nearest, similarity, kappa
     refined = _take(features, kept.clamp(max=num_tokens - 1)).masked_fill(~is_kept[..., None], 0.0)
     merged_into = torch.full_like(nearest, -1)
     # No row merges more: at least one of its kept tokens is a Focus token.
-    num_candidates = int(min(kappa * (width - 1) + 1e-6, num_tokens - 1))
+    num_candidates = num_tokens - 1 if kappa is None else int(min(kappa * (width - 1) + 1e-6, num_tokens - 1))
     if num_candidates == 0:
         return refined, merged_into
 
     order = similarity.masked_fill(~can_merge, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     candidates = order[:, :num_candidates]
-    # In float32 the product can be off by more than the slack of 1e-6. MPS has no float64.
-    dtype = torch.float32 if mask.device.type == "mps" else torch.float64
-    num_merged = (kappa * (is_kept & ~is_focus).sum(-1, keepdim=True).to(dtype) + 1e-6).floor()
-    is_merged = torch.arange(num_candidates, device=mask.device) < num_merged
-    is_merged = is_merged & can_merge.gather(1, candidates)
+    is_merged = can_merge.gather(1, candidates)
+    if kappa is not None:
+        # In float32 the product can be off by more than the slack of 1e-6. MPS has no float64.
+        dtype = torch.float32 if mask.device.type == "mps" else torch.float64
+        num_merged = (kappa * (is_kept & ~is_focus).sum(-1, keepdim=True).to(dtype) + 1e-6).floor()
+        is_merged &= torch.arange(num_candidates, device=mask.device) < num_merged
     anchor = nearest.gather(1, candidates)
     merged_into = merged_into.scatter(1, candidates, anchor.masked_fill(~is_merged, -1))
 

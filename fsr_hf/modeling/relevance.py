@@ -48,8 +48,8 @@ class CLIPRelevance(nn.Module):
         The questions as `(batch, projection_dim)`, float32: the mean over chunks of unit vectors, so that its product
         with a unit vector is the mean cosine; zeros for a row without a chunk. The ids `(batch, chunks * 77)` are
         chunks of the text tower's length, each with its own BOS and EOS; one whose mask is 0 throughout is skipped.
-        With `less_empty`, less the unit vector of a text without a word: the product is the mean cosine less the cosine
-        to that.
+        With `less_empty`, less the unit vector of a text without a word: the product is the mean cosine less the
+        cosine to that.
         """
         chunks = input_ids.unflatten(1, (-1, self.chunk_length))  # [B, chunks, 77]
         lengths = attention_mask.unflatten(1, (-1, self.chunk_length)).sum(-1, keepdim=True)  # [B, chunks, 1]
@@ -91,8 +91,8 @@ def patch_values(block: CLIPEncoderLayer, hidden_states: torch.Tensor) -> torch.
     through the output projection. From the input of the block, `(batch, 1 + num_patches, hidden_size)`:
     `(batch, num_patches, hidden_size)`.
 
-    The contrastive loss compares [CLS] alone with a text, so in the last block this is the one way on which a patch was
-    ever compared with one; its own state was not. (MaskCLIP, arXiv 2112.01071, reads patches so for segmentation.)
+    The contrastive loss compares [CLS] alone with a text, so in the last block this is the one way on which a patch
+    was ever compared with one; its own state was not. (MaskCLIP, arXiv 2112.01071, reads patches so for segmentation.)
     """
     attention = block.self_attn
     with sharded_params_gathered(block, attention):

@@ -53,8 +53,8 @@ def scan_on_gpu(
         even (`torch.LongTensor` of shape `(batch, width - 1)`):
             The anchors to begin with, ascending, filled up with `num_tokens`.
         num_focus, num_even, num_anchors (`torch.LongTensor` of shape `(batch,)`):
-            How many Focus tokens each row has, how many anchors it begins with, and how many it will have, no more than
-            there are tokens left.
+            How many Focus tokens each row has, how many anchors it begins with, and how many it will have, no more
+            than there are tokens left.
 
     Returns:
         The anchors in the order of their choice, `(batch, width - 1)`, filled up with `num_tokens`; the anchor that is
@@ -439,9 +439,9 @@ def _step_kernel(
     BLOCKS: tl.constexpr,
 ):
     """
-    One step of Eq. 5. Its anchor is the farthest of the tokens that the blocks wrote in the last step, or, in the first
-    `num_even` steps, the one that `anchors` holds; then each block updates its cosines and writes its own farthest
-    token. Step -1 only writes. One program per block of tokens in a row.
+    One step of Eq. 5. Its anchor is the farthest of the tokens that the blocks wrote in the last step, or, in the
+    first `num_even` steps, the one that `anchors` holds; then each block updates its cosines and writes its own
+    farthest token. Step -1 only writes. One program per block of tokens in a row.
     """
     row = tl.program_id(1).to(tl.int64)
     batch = tl.num_programs(1)

@@ -28,6 +28,7 @@ DEFAULTS = {
     "beta": 1.0,
     "rho": 0.9,
     "focus_limit": 0.5,
+    "uniform_scan": 0.0,
     "kappa": 1.0,
     "focus_mass": "all",
     "relevance": None,
@@ -36,10 +37,11 @@ DEFAULTS = {
     "pool": None,
     "positions": None,
 }
-# What a family puts in the place of None.
+# What a family puts in the place of None, and of defaults.
+CLIP_SETTINGS = {"focus_limit": 0.25, "uniform_scan": 1.0, "kappa": None}
 FAMILY_DEFAULTS = {
-    FSRLlavaConfig: {"num_visual_tokens": 128, "pool": "item", "positions": "original"},
-    FSRLlavaNextConfig: {"retention_ratio": 1 / 9, "pool": "view", "positions": "original"},
+    FSRLlavaConfig: {"num_visual_tokens": 128, "pool": "item", "positions": "original", **CLIP_SETTINGS},
+    FSRLlavaNextConfig: {"retention_ratio": 1 / 9, "pool": "view", "positions": "original", **CLIP_SETTINGS},
     FSRQwen2_5_VLConfig: {
         "retention_ratio": 0.5,
         "relevance": "none",
@@ -69,9 +71,10 @@ ALLOWED = {
     "beta": [0, 0.5, 1, 100.0],
     "rho": [1e-9, 0.9, 1, 1.0],
     "focus_limit": [1e-9, 0.5, 1, 1.0],
-    "kappa": [0, 0.5, 1, 5.0],
+    "uniform_scan": [0, 0.5, 1, 5.0],
+    "kappa": [0, 0.5, 1, 5.0, None],
     "focus_mass": ["all", "budget"],
-    "relevance": ["clip", "none", None],
+    "relevance": ["clip_values", "clip", "none", None],
     "invert_relevance": [True, False],
     "text_encoder_config": [None, {}, {"hidden_size": 32}, CLIPTextConfig(hidden_size=48)],
     "pool": ["view", "item", None],
@@ -86,7 +89,8 @@ REFUSED = {
     "beta": [-1e-9, -1, *NO_NUMBERS],
     "rho": [0, -0.1, 1.0001, *NO_NUMBERS],
     "focus_limit": [0, -0.1, 1.0001, *NO_NUMBERS],
-    "kappa": [-1e-9, -1, *NO_NUMBERS],
+    "uniform_scan": [-1e-9, -1, *NO_NUMBERS],
+    "kappa": [-1e-9, -1, *(value for value in NO_NUMBERS if value is not None)],
     "focus_mass": ["none", "ALL", None, 0, True],
     "relevance": ["siglip", "None", False, 0],
     "invert_relevance": [None, 0, 1, "false"],

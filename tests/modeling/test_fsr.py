@@ -568,10 +568,12 @@ def test_inputs_stay_as_they_are(pools):
             ({name: value}, re.escape(f"`{name}={value!r}` is not allowed: `{name}` must be {allowed}"))
             for names, allowed, values in (
                 (("rho", "focus_limit"), "a number in (0, 1]", (0, -1, 2, 1.0001)),
-                (("alpha", "beta", "kappa"), "a number >= 0", (-1, -1e-9)),
+                (("alpha", "beta", "uniform_scan"), "a number >= 0", (-1, -1e-9)),
+                (("kappa",), "a number >= 0, or None", (-1, -1e-9)),
             )
             for name in names
             for value in (*values, math.nan, math.inf, -math.inf, True, None, "0.5", torch.tensor(0.5))
+            if (name, value) != ("kappa", None)
         ),
     ],
 )
