@@ -185,9 +185,22 @@ class FSRConfig(PreTrainedConfig):
     pool: str | None = None
     positions: str | None = None
 
+    # The fields that somebody named; the others hold a default, in whose place a family may have another.
+    _named = frozenset[str]()
+
+    def __new__(cls, *args, **kwargs):
+        config = super().__new__(cls)
+        object.__setattr__(config, "_named", frozenset(kwargs))
+        return config
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FSRConfig) and self.to_dict() == other.to_dict()
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _RULES:
             check_fsr_value(name, value)
+            if self._is_built:
+                object.__setattr__(self, "_named", self._named | {name})
         elif self._is_built and not name.startswith("_") and not hasattr(self, name):
             _refuse_unknown({name: value})
         if name == "text_encoder_config" and isinstance(value, dict):
@@ -284,7 +297,7 @@ class FSRConfigMixin:
     _attn_implementation: Any
     # The family's defaults for the fields of FSRConfig that are None.
     fsr_defaults: ClassVar[dict[str, Any]] = {}
-    # What the family has in place of defaults of FSRConfig, where it is made from a dict or from nothing.
+    # The family's own, in place of defaults of FSRConfig.
     fsr_settings: ClassVar[dict[str, Any]] = {}
     # Why patches of the family cannot be compared with the question; `None` where they can.
     no_relevance_reason: ClassVar[str | None] = None
@@ -312,6 +325,7 @@ class FSRConfigMixin:
             config = FSRConfig(**{**fields, **named})
         elif isinstance(value, PreTrainedConfig) and value.model_type == FSRConfig.model_type:
             config = copy.deepcopy(value)
+            config.update({name: own for name, own in self.fsr_settings.items() if name not in config._named})
             if config.text_encoder_config is None and current is not None:
                 config.text_encoder_config = current.text_encoder_config
         else:

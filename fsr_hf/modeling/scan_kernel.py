@@ -106,7 +106,7 @@ def _agrees(torch_path, device, dtype, with_pairs):
     focus = torch.full((2, 12), num_tokens, device=device)
     focus[0, :3], focus[1, 0] = torch.tensor([40, 2, 129], device=device), 30
     even = torch.full((2, 11), num_tokens, device=device)
-    even[0, :2] = torch.tensor([20, 86], device=device)
+    even[0, :2] = torch.tensor([53, 114], device=device)
     counts = ([3, 1], [2, 0], [9, 6])  # Focus tokens, anchors to begin with, all anchors
     num_focus, num_even, num_anchors = (torch.tensor(count, device=device) for count in counts)
 

@@ -308,7 +308,29 @@ def test_family_defaults(family):
         "retention_ratio": 0.1,
         "relevance": "none",
     }
-    assert fields_of(family(fsr_config=settings).fsr_config) == DEFAULTS | settings
+    expected = DEFAULTS | FAMILY_DEFAULTS[family] | {"num_visual_tokens": None} | settings
+    assert fields_of(family(fsr_config=settings).fsr_config) == expected
+
+
+@pytest.mark.parametrize("make", [dict, FSRConfig])
+def test_named_fields_win_over_those_of_the_family(make, family):
+    """Where they are equal to a default of FSRConfig, too; also through a copy, a dict, and an assigned field."""
+    named = {"focus_limit": 0.5, "kappa": 1.0}
+    own = FAMILY_DEFAULTS[family].get("uniform_scan", 0.0)
+
+    def settings(config):
+        return [getattr(config.fsr_config, name) for name in ("focus_limit", "kappa", "uniform_scan")]
+
+    config = family(fsr_config=make(**named))
+    assert settings(config) == [0.5, 1.0, own]
+    for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), family.from_dict(config.to_dict())):
+        assert settings(other) == [0.5, 1.0, own] and other.fsr_config == config.fsr_config
+    replaced = family()
+    replaced.fsr_config = config.fsr_config
+    assert settings(replaced) == [0.5, 1.0, own]
+    assigned = FSRConfig()
+    assigned.kappa = 1.0
+    assert family(fsr_config=assigned).fsr_config.kappa == 1.0
 
 
 def test_two_configs_share_nothing(family):

@@ -53,11 +53,11 @@ def blur_ties(pairs, *_):
 
 BREAKS = {
     "does not compile": ("_scan_kernel", {"before": fail}),
-    "other anchors": ("_scan_kernel", {"after": lambda *args: args[4].copy_(args[4].flip(1))}),
+    "other anchors": ("_scan_kernel", {"after": lambda *args: args[5].copy_(args[5].flip(1))}),
     "other ties": ("_focus_kernel", {"before": blur_ties}),
     "not a number": ("_scale_kernel", {"after": lambda *args: args[2].fill_(torch.nan)}),
     "does not launch": ("_step_kernel", {"before": fail}),
-    "other farthest token": ("_step_kernel", {"after": lambda *args: args[5].add_(1).clamp_(max=39)}),
+    "other farthest token": ("_step_kernel", {"after": lambda *args: args[6].add_(1).clamp_(max=39)}),
     "other nearest anchor": ("_nearest_kernel", {"after": lambda *args: args[4].sub_(1)}),
 }
 

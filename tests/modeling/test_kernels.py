@@ -38,11 +38,19 @@ SCORES = {"query": "*T", "key": "*T", "table": "*i32", "logs": "*fp32", "tokens"
 SCORES |= {"head_dim": "i32", "scale": "fp32"}
 NEAREST = {"tokens": "*T", "scale": "*fp32", "chosen": "*i64", "num_chosen": "*i64", "nearest": "*i64"}
 NEAREST |= {"similarity": "*fp32", "width": "i32"}
-SCAN = {"pairs": "*fp32", "scale": "*fp32", "closest": "*fp32", "num_anchors": "*i64", "anchors": "*i64"}
-SCAN |= {"nearest": "*i64", "similarity": "*fp32", "num_tokens": "i32", "max_anchors": "i32"}
+SCAN = {"pairs": "*fp32", "scale": "*fp32", "closest": "*fp32", "num_even": "*i64"}
+SCAN |= {
+    "num_anchors": "*i64",
+    "anchors": "*i64",
+    "nearest": "*i64",
+    "similarity": "*fp32",
+    "num_tokens": "i32",
+    "max_anchors": "i32",
+}
 STEP = {
     "tokens": "*T",
     "scale": "*fp32",
+    "num_even": "*i64",
     "num_anchors": "*i64",
     "closest": "*fp32",
     "block_cosine": "*fp32",
