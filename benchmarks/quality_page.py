@@ -1,8 +1,8 @@
 """
 The tables and the plot of docs/quality.md, from the JSON of three runs: of the model that ships, of the same model
-before the last stage of its training, which has seen whole pictures only, and of the trial of relevance by values.
+before the last stage of its training, which has seen whole pictures only, and of variants of FSR.
 
-    python -m benchmarks.quality_page [RESULTS.json EARLIER.json VALUES.json]
+    python -m benchmarks.quality_page [RESULTS.json EARLIER.json ABLATIONS.json]
 """
 
 import argparse
@@ -21,14 +21,14 @@ __all__ = ["BLOCKS", "EARLIER_BLOCKS", "draw_plot", "main", "write_page"]
 
 DOCS = Path(__file__).parents[1] / "docs"
 EARLIER_RESULTS = Path(__file__).parent / "results" / "quality-earlier.json"
-VALUES_RESULTS = Path(__file__).parent / "results" / "quality-values.json"
+ABLATIONS = Path(__file__).parent / "results" / "quality-ablations.json"
 
 # Of one method at one budget.
 Row = dict[str, Any]
 
 
 def write_page(
-    result: dict[str, Any], earlier: dict[str, Any], values: dict[str, Any], page: Path = DOCS / "quality.md"
+    result: dict[str, Any], earlier: dict[str, Any], ablations: dict[str, Any], page: Path = DOCS / "quality.md"
 ) -> None:
     """
     Write the generated parts of the page, and the plot beside it.
@@ -36,14 +36,14 @@ def write_page(
     Args:
         result: the run with the model that ships.
         earlier: the run with the model that has seen whole pictures only.
-        values: the run of the trial of relevance by values, with the model that ships.
+        ablations: the run of variants of FSR, with the model that ships.
 
     Raises:
         `ValueError`: if the page lacks a block, or has one that nothing fills.
     """
     blocks: dict[str, Callable[[], str]] = {name: partial(make, result) for name, make in BLOCKS.items()}
     blocks |= {f"earlier-{name}": partial(BLOCKS[name], earlier) for name in EARLIER_BLOCKS}
-    blocks |= {name: partial(make, values) for name, make in VALUES_BLOCKS.items()}
+    blocks |= {name: partial(make, ablations) for name, make in ABLATION_BLOCKS.items()}
     text = fill(page.read_text(encoding="utf-8"), blocks)
     draw_plot(result, page.with_suffix(".webp"))
     page.write_text(text, encoding="utf-8")
@@ -99,18 +99,6 @@ def _retained(result) -> str:
     return f"{table}\n\n{words}"
 
 
-def _space(result) -> str:
-    """What the distance on the grid gains each method that has been tried with it, and how good it then is."""
-    names = [name for name in _names(result) if name.endswith("-space")]
-    rows = {(row["method"], row["budget"]): row for row in result["results"]}
-
-    def cell(row):
-        base = rows[row["method"].removesuffix("-space"), row["budget"]]
-        return f"{row['accuracy']:.1%} ({(row['accuracy'] - base['accuracy']) * 100:+.1f})"
-
-    return _by_budget(result, names, cell)
-
-
 def _kinds(result) -> str:
     """Accuracy by kind at the budget nearest to a ninth of the tokens, the strongest one that the paper reports."""
     budgets = _budgets(result)
@@ -142,13 +130,13 @@ def _against_fsr(result) -> str:
 
 
 def _ablations(result) -> str:
-    names = [name for name in _names(result) if name.startswith("fsr") and not name.endswith("-space")]
+    names = [name for name in _names(result) if name.startswith("fsr")]
     accuracy = _by_budget(result, names, lambda row: f"{row['accuracy']:.1%}")
     return f"{accuracy}\n\nLess the accuracy of FSR, in points:\n\n" + _by_budget(result, names[1:], _difference)
 
 
-# Variants whose Focus is not FSR's, though no setting of Focus says so.
-_WITH_OWN_FOCUS = ("fsr", "fsr-other-sign")
+# Settings that change nothing about Focus.
+_AFTER_FOCUS = {"kappa", "uniform_scan"}
 
 
 def _focus(result) -> str:
@@ -162,8 +150,9 @@ def _focus(result) -> str:
     def lines():
         for name in _names(result):
             method = METHODS[name]
-            # Refine, and where it works, change nothing about Focus.
-            if method.has_focus and (name in _WITH_OWN_FOCUS or not method.settings.keys() <= {"kappa"}):
+            if method.has_focus and (
+                name == "fsr" or method.reads != "values" or not method.settings.keys() <= _AFTER_FOCUS
+            ):
                 for given, words in (("with_query", "with"), ("without_query", "without")):
                     of_budget = [rows[name, budget]["focus"][given] for budget in budgets]
                     tokens = "" if name == "fsr-mass-budget" else f"{of_budget[0]['tokens']:.0f}"
@@ -173,19 +162,17 @@ def _focus(result) -> str:
 
 
 def _recall(result) -> str:
-    names = [name for name in _names(result) if not name.endswith("-space")]
-    return _by_budget(result, names, lambda row: _percent(row.get("object_recall")))
+    return _by_budget(result, _names(result), lambda row: _percent(row.get("object_recall")))
 
 
-def _values(result) -> str:
-    """Accuracy of the trial and of the peers, and how far it is from that of FSR's defaults."""
+def _with_relevance(result) -> str:
+    """Peers that were given FSR's relevance, and how far they are from FSR."""
+    names = [name for name in _names(result) if name.endswith("-values")]
+    return _by_budget(result, [*names, "fsr"], _accuracy_and_difference)
 
-    def cell(row):
-        text = f"{row['accuracy']:.1%}"
-        return text if row["method"] == "fsr" else f"{text} ({_difference(row)})"
 
-    setup = f"{len(result['seeds'])} × {result['questions']:,} questions, the same as above, with original positions."
-    return f"{setup}\n\n{_by_budget(result, _names(result), cell)}"
+def _ablations_setup(result) -> str:
+    return f"{len(result['seeds'])} × {result['questions']:,} questions, with original positions."
 
 
 def _sign(result) -> str:
@@ -193,11 +180,12 @@ def _sign(result) -> str:
         "question": "cosine to the question",
         "name": 'cosine to the object\'s name ("a red star")',
         "values": "cosine to the question, by values",
-        "contrast": "the same, less that to a neutral question",
-        "smooth": "the same, a mean over 3 × 3 patches",
+        "contrast": "the same, less that to a text without a word",
+        "relevance": "the same, a mean over 3 × 3 patches: FSR's relevance",
         "saliency": "saliency ([CLS] attention)",
-        "priority": "priority with the cosine as it is (the paper's formula)",
-        "priority-inverted": "priority with the cosine inverted",
+        "priority": "priority, with FSR's relevance",
+        "priority-states": "priority, with the cosine to the question (the paper's formula)",
+        "priority-negated": "priority, with that cosine negated",
     }
     of_all, of_objects = result["sign"]["all"]["auc"], result["sign"]["objects"]["auc"]
 
@@ -232,14 +220,13 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "retained": _retained,
     "positions": _positions,
     "against-fsr": _against_fsr,
-    "space": _space,
+    "with-relevance": _with_relevance,
     "kinds": _kinds,
+    "sign": _sign,
     "pairs": _pairs,
-    "ablations": _ablations,
-    "focus": _focus,
     "recall": _recall,
 }
-VALUES_BLOCKS = {"sign": _sign, "values": _values}
+ABLATION_BLOCKS = {"ablations-setup": _ablations_setup, "ablations": _ablations, "focus": _focus}
 # Those that the page has for both models.
 EARLIER_BLOCKS = ("setup", "accuracy", "retained", "positions", "against-fsr")
 
@@ -254,14 +241,12 @@ def _names(result) -> list[str]:
 
 
 def _peers(result) -> list[str]:
-    return [
-        name for name in _names(result) if not name.startswith("fsr-") and not name.endswith(("-space", "-values"))
-    ]
+    return [name for name in _names(result) if not name.startswith("fsr-") and not name.endswith("-values")]
 
 
 def _names_of_table(result) -> list[str]:
-    """All methods, and of FSR's variants the paper's."""
-    return [*_peers(result), *(name for name in _names(result) if name == "fsr-paper")]
+    """All methods, and of FSR's variants the paper's and the one that was the default before."""
+    return [*_peers(result), *(name for name in _names(result) if name in ("fsr-paper", "fsr-earlier"))]
 
 
 def _budgets(result) -> list[int]:
@@ -274,6 +259,10 @@ def _by_budget(result, names: list[str], cell: Callable[[Row], str]) -> str:
     heads = ["", *(f"{budget} ({budget / result['num_tokens']:.1%})" for budget in budgets)]
     lines = [[METHODS[name].label, *(cell(rows[name, budget]) for budget in budgets)] for name in names]
     return markdown_table(heads, lines)
+
+
+def _accuracy_and_difference(row: Row) -> str:
+    return f"{row['accuracy']:.1%}" + ("" if row["method"] == "fsr" else f" ({_difference(row)})")
 
 
 def _difference(row: Row) -> str:
@@ -315,6 +304,7 @@ _STYLES = {
     "scope": ("#bcbd22", "d", "-"),
     "prunesid": ("#17408b", "*", "-"),
     "fsr-paper": ("#d62728", "o", ":"),
+    "fsr-earlier": ("#d62728", ".", "--"),
     "fsr": ("#d62728", "o", "-"),
 }
 
@@ -363,9 +353,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality_page", description=__doc__)
     parser.add_argument("results", nargs="?", type=Path, default=DOCS / "quality.json")
     parser.add_argument("earlier", nargs="?", type=Path, default=EARLIER_RESULTS)
-    parser.add_argument("values", nargs="?", type=Path, default=VALUES_RESULTS)
+    parser.add_argument("ablations", nargs="?", type=Path, default=ABLATIONS)
     options = parser.parse_args(arguments)
-    files = (options.results, options.earlier, options.values)
+    files = (options.results, options.earlier, options.ablations)
     for file in files:
         if not file.is_file():
             parser.error(f"{file} is no file: give the JSON that `python -m benchmarks.quality` has written.")

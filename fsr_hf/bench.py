@@ -249,6 +249,7 @@ def parts(model) -> list[tuple[str, Any, str]]:
         ("saliency", *_saliency_function(model)),
         ("Focus", fsr, "_priority"),
         ("Focus", fsr, "_focus"),
+        ("Scan", fsr, "_spread_evenly"),
         ("Scan", fsr, "_scan"),
         ("Refine", fsr, "_refine"),
         ("compaction", inner, "compress"),
@@ -262,6 +263,7 @@ def parts(model) -> list[tuple[str, Any, str]]:
         found += [("features", inner, "get_video_features")]
     elif inner.text_encoder is not None:
         found += [("text tower", inner.text_encoder, "encode_query"), ("relevance", inner.text_encoder, "forward")]
+        found += [("relevance", clip_tower, name) for name in ("patch_values", "mean_of_neighbours")]
     return found
 
 

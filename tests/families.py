@@ -123,8 +123,9 @@ class Family:
         model_class, config (`type`, `dict`): The class under test; the arguments of its tiny config but `fsr_config`.
         reference_class, reference_config_class (`type`): The stock classes. The oracle decodes with them.
         make_item (`Callable`): `(kind, generator)` to [`Item`].
-        layout (`Callable`): `(reference model, item, clip, query, fsr_config)` to [`~oracle.Layout`], for the oracle. `clip` is a
-            `CLIPModel` with the weights of tower and text encoder or `None`; `query` is `(chunks, 77)` ids or `None`.
+        layout (`Callable`): `(reference model, item, clip, query, fsr_config)` to [`~oracle.Layout`], for the oracle.
+            `clip` is a `CLIPModel` with the weights of tower and text encoder or `None`; `query` is `(chunks, 77)` ids
+            or `None`.
         placeholder_ids (`tuple[int, ...]`): Ids that pixels fill.
         is_stock (`bool`): Whether the unpruned model is the reference model itself.
         kinds (`tuple[str, ...]`): What `make_item` can make; the first is the usual one.

@@ -13,7 +13,7 @@ from PIL import Image
 from benchmarks import quality, quality_page
 from benchmarks.quality import METHODS, Tally
 from examples.shapes_vqa.data import HELD_OUT_PAIRS, KINDS, held_out_questions
-from fsr_hf import FSRConfig, FSRLlavaConfig, select_visual_tokens
+from fsr_hf import FSRLlavaConfig, select_visual_tokens
 from fsr_hf.testing.small_families import export_small_model
 
 
@@ -215,14 +215,14 @@ def test_batch(loaded, examples, batch):
         joint = clip.visual_projection(tower.post_layernorm(handed))
         by_value = torch.cosine_similarity(joint, text, dim=-1)
         torch.testing.assert_close(batch.value_cosine[0], by_value)
-        ids = processor.query_tokenizer(quality.NEUTRAL_QUESTION, return_tensors="pt")["input_ids"]
-        neutral = clip.text_projection(clip.text_model(ids).pooler_output)[0]
+        ids = processor.query_tokenizer("", return_tensors="pt")["input_ids"]
+        empty = clip.text_projection(clip.text_model(ids).pooler_output)[0]
         torch.testing.assert_close(
-            batch.value_contrast[0], by_value - torch.cosine_similarity(joint, neutral, dim=-1), atol=1e-5, rtol=1e-4
+            batch.value_contrast[0], by_value - torch.cosine_similarity(joint, empty, dim=-1), atol=1e-5, rtol=1e-4
         )
         around = batch.value_contrast[0].view(24, 24)
         means = [around[max(r - 1, 0) : r + 2, max(c - 1, 0) : c + 2].mean() for r in range(24) for c in range(24)]
-        torch.testing.assert_close(batch.smooth_contrast[0], torch.stack(means))
+        torch.testing.assert_close(batch.relevance[0], torch.stack(means))
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "unpruned"])
@@ -230,14 +230,13 @@ def test_every_method_keeps_what_it_is_asked_for(loaded, batch, name):
     generator = torch.Generator().manual_seed(0)
     visual, indices = quality.select(loaded[0], METHODS[name], batch, 20, generator)
     assert visual.shape == (15, 20, batch.tokens.shape[2]) and indices.shape == (15, 20)
-    settings = METHODS[name].settings
-    if settings is None and not name.startswith("visionzip") and name != "fsr-values":  # they merge
+    if METHODS[name].settings is None and not name.startswith("visionzip"):  # they merge
         kept = torch.stack([tokens[chosen] for tokens, chosen in zip(batch.tokens, indices)])
         torch.testing.assert_close(visual, kept)
 
 
-def relevance_of(batch):
-    return -batch.cosine if FSRConfig().invert_relevance else batch.cosine
+DEFAULTS = {"focus_limit": 0.25, "uniform_scan": 1.0, "kappa": None}
+PAPER = {"focus_limit": 1.0, "uniform_scan": 0.0, "kappa": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -247,39 +246,45 @@ def relevance_of(batch):
         ("fsr-alpha0", {"alpha": 0}),
         ("fsr-beta0", {"beta": 0}),
         ("fsr-no-refine", {"kappa": 0}),
-        ("fsr-kappa5", {"kappa": 5}),
+        ("fsr-kappa1", {"kappa": 1}),
+        ("fsr-no-even", {"uniform_scan": 0}),
         ("fsr-rho0.5", {"rho": 0.5}),
         ("fsr-limit1", {"focus_limit": 1.0}),
         ("fsr-mass-budget", {"focus_mass": "budget"}),
     ],
 )
 def test_variants_of_fsr(loaded, batch, name, settings):
-    expected = select_visual_tokens(batch.tokens, batch.saliency, relevance_of(batch), 20, **settings)
+    expected = select_visual_tokens(batch.tokens, batch.saliency, batch.relevance, 20, **DEFAULTS | settings)
     visual, indices = quality.select(loaded[0], METHODS[name], batch, 20)
     assert torch.equal(indices, expected.indices) and torch.equal(visual, expected.features)
 
 
 def test_other_variants_of_fsr(loaded, batch):
     model = loaded[0]
-    expected = select_visual_tokens(batch.tokens, batch.saliency, -relevance_of(batch), 20)
-    assert torch.equal(quality.select(model, METHODS["fsr-other-sign"], batch, 20)[1], expected.indices)
+    for name, relevance, settings in (
+        ("fsr-states", batch.cosine, DEFAULTS),
+        ("fsr-negated", -batch.cosine, DEFAULTS),
+        ("fsr-paper", batch.cosine, PAPER),
+        ("fsr-earlier", -batch.cosine, PAPER | {"focus_limit": 0.5}),
+    ):
+        expected = select_visual_tokens(batch.tokens, batch.saliency, relevance, 20, **settings)
+        assert torch.equal(quality.select(model, METHODS[name], batch, 20)[1], expected.indices)
 
-    expected = select_visual_tokens(batch.tokens, batch.saliency, batch.cosine, 20, focus_limit=1.0)
-    assert torch.equal(quality.select(model, METHODS["fsr-paper"], batch, 20)[1], expected.indices)
-
-    expected = select_visual_tokens(batch.patches, batch.saliency, relevance_of(batch), 20)
+    expected = select_visual_tokens(batch.patches, batch.saliency, batch.relevance, 20, **DEFAULTS)
     visual, indices = quality.select(model, METHODS["fsr-before-projector"], batch, 20)
     assert torch.equal(indices, expected.indices)
     torch.testing.assert_close(visual, model.model.multi_modal_projector(expected.features))
 
-    priority = select_visual_tokens(batch.tokens, batch.saliency, relevance_of(batch), 20).priority.numpy()
+    priority = select_visual_tokens(batch.tokens, batch.saliency, batch.relevance, 20).priority.numpy()
     top = np.sort(np.argsort(-priority, axis=1, kind="stable")[:, :20], axis=1)
     assert quality.select(model, METHODS["fsr-no-scan"], batch, 20)[1].tolist() == top.tolist()
 
 
 def test_the_model_has_the_defaults(loaded):
-    config = loaded[0].config.fsr_config
-    assert all(getattr(config, name) == getattr(FSRConfig(), name) for name in ("alpha", "rho", "invert_relevance"))
+    config, default = loaded[0].config.fsr_config, FSRLlavaConfig().fsr_config
+    names = ("alpha", "beta", "rho", "focus_mass", "relevance", "positions", *DEFAULTS)
+    assert all(getattr(config, name) == getattr(default, name) for name in names)
+    assert all(getattr(config, name) == value for name, value in DEFAULTS.items())
 
 
 # ---------------------------------------------------------------- measures
@@ -449,10 +454,11 @@ def test_a_run(runs):
     assert 0 <= pairs["others"]["accuracy"] <= 1
     for areas in result["sign"].values():
         assert set(areas["auc"]) == {
-            *("question", "name", "values", "contrast", "smooth", "saliency", "priority", "priority-inverted")
+            *("question", "name", "values", "contrast", "relevance", "saliency"),
+            *("priority", "priority-states", "priority-negated"),
         }
     assert result["sign"]["all"]["questions"] >= result["sign"]["objects"]["questions"] > 0
-    assert result["positions"] == FSRLlavaConfig().fsr_config.positions and result["fsr"]["focus_limit"] == 0.5
+    assert result["positions"] == FSRLlavaConfig().fsr_config.positions and result["fsr"]["focus_limit"] == 0.25
 
 
 def test_batches_do_not_matter(runs):

@@ -11,12 +11,8 @@ from benchmarks.selectors import (
     cdpruner,
     divprune,
     fastervlm,
-    fsr,
-    fsr_evenly,
-    fsr_in_space,
     holov,
     idpruner,
-    mixed_distances,
     prunesid,
     random_tokens,
     scope,
@@ -24,7 +20,6 @@ from benchmarks.selectors import (
     visionzip,
     vispruner,
 )
-from fsr_hf import select_visual_tokens
 
 
 BATCH, TOKENS, SIZE = 3, 36, 8
@@ -275,74 +270,3 @@ def test_prunesid(scene, num_kept):
         for number in sorted(range(num_groups), key=lambda number: -survivors[number]):
             quotas[number] += min(limits[number] - quotas[number], num_kept - sum(quotas))
         assert chosen == sorted(itertools.chain(*(tokens[:quota] for tokens, quota in zip(ranked, quotas))))
-
-
-@pytest.mark.parametrize("metric", [False, True])
-def test_mixed_distances(scene, metric):
-    features = scene[0]
-    found = mixed_distances(features, (4, 9), 0.3, metric)
-    longest = np.hypot(3, 8)
-    for row, distances in zip(features, found):
-        cosines = cosines_of(row)
-        for one, other in [(0, 0), (0, 35), (7, 12), (8, 9)]:
-            apart = np.hypot(one // 9 - other // 9, one % 9 - other % 9) / longest
-            cosine = 1 - cosines[one, other]
-            of_features = np.sqrt(max(cosine, 0) / 2) if metric else cosine
-            assert distances[one, other] == pytest.approx(0.7 * of_features + 0.3 * apart, abs=1e-3)
-
-
-@pytest.mark.parametrize("select", [cdpruner, divprune, idpruner, scope, vispruner])
-def test_distances_in_place_of_the_cosine_distances(scene, select):
-    features = scene[0]
-    same = select(*scene, 8, distances=mixed_distances(features, (6, 6), 0.0))
-    other = select(*scene, 8, distances=mixed_distances(features, (6, 6), 0.9))
-    assert torch.equal(same[1], select(*scene, 8)[1]) and not torch.equal(same[1], other[1])
-
-
-@pytest.mark.parametrize("num_kept", BUDGETS)
-@pytest.mark.parametrize("scan_space", [0.0, 0.5])
-def test_fsr_in_space(scene, num_kept, scan_space):
-    features = scene[0]
-    _, indices = fsr_in_space(*scene, num_kept, grid=(6, 6), scan_space=scan_space, rho=0.5)
-    selection = select_visual_tokens(*scene, num_kept, rho=0.5)
-    if scan_space == 0:
-        assert torch.equal(indices, fsr(*scene, num_kept, rho=0.5)[1])
-    focus = [row[is_focus].tolist() for row, is_focus in zip(selection.indices, selection.is_focus)]
-    for chosen, picked, distances in zip(indices.tolist(), focus, mixed_distances(features, (6, 6), scan_space)):
-        while len(picked) < num_kept:
-            rest = set(range(TOKENS)) - set(picked)
-            picked.append(max(rest, key=lambda token: min(distances[token, other] for other in picked)))
-        assert chosen == sorted(picked)
-
-
-@pytest.mark.parametrize("num_kept", BUDGETS)
-def test_fsr_evenly(scene, num_kept):
-    kept, indices = fsr_evenly(*scene, num_kept)
-    for row, features, saliency, relevance in zip(range(BATCH), *scene):
-        saliency, relevance = (
-            (scores - scores.min()) / (scores.max() - scores.min())
-            for scores in (saliency.double().numpy(), relevance.double().numpy())
-        )
-        cosines = cosines_of(features)
-        distances = (1 - cosines) / (1 - cosines).max()
-        focus = np.argsort(-saliency * relevance, kind="stable")[: max(1, num_kept // 4)].tolist()
-        chosen = list(focus)
-        num_even = min(num_kept * num_kept // TOKENS, num_kept - len(focus))
-        while len(chosen) < num_kept - num_even:
-            rest = [token for token in range(TOKENS) if token not in chosen]
-            chosen.append(
-                max(rest, key=lambda token: saliency[token] + min(distances[token, other] for other in chosen))
-            )
-        rest = [token for token in range(TOKENS) if token not in chosen]
-        # The last of each of `num_even` runs of nearly one length.
-        chosen += [rest[-(-number * len(rest) // num_even) - 1] for number in range(1, num_even + 1)]
-        assert indices[row].tolist() == sorted(chosen)
-
-        anchors = sorted(set(chosen) - set(focus))
-        dropped = {token: max(anchors, key=lambda other: cosines[token, other], default=None) for token in rest}
-        for place, token in enumerate(sorted(chosen)):
-            expected = features[token].double()
-            members = [other for other, anchor in dropped.items() if anchor == token and other not in chosen]
-            if token in anchors and members:
-                expected = expected + features[members].double().mean(0)
-            torch.testing.assert_close(kept[row, place].double(), expected, rtol=1e-5, atol=1e-5)

@@ -5,7 +5,7 @@ import torch
 from families import CLIP_TEXT_CONFIG, CLIP_VISION_CONFIG, QUERY_BOS, QUERY_EOS, QUERY_LENGTH, initialize
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
 
-from fsr_hf.modeling.relevance import CLIPRelevance
+from fsr_hf.modeling.relevance import CLIPRelevance, mean_of_neighbours, patch_values
 
 
 def build(**text_config):
@@ -73,6 +73,55 @@ def test_end_of_text_of_old_and_new_configs(eos_token_id):
     clip, relevance = build(eos_token_id=eos_token_id)
     actual = relevance.encode_query(*query([chunk(7, 2, 9)]))
     torch.testing.assert_close(actual[0], text_features(clip, (7, 2, 9)))
+
+
+def test_less_a_text_without_a_word(both):
+    """BOS and EOS are those of a chunk that has them, wherever it stands; a row without a question stays at zero."""
+    clip, relevance = both
+    a, b, c = (3, 4, 5), (50, 6), tuple(range(QUERY_LENGTH - 2))
+    empty, one, two, three = (text_features(clip, words) for words in ((), a, b, c))
+    assert not torch.allclose(empty, one, atol=0.05)
+    for rows, expected in (
+        (
+            [[EMPTY, EMPTY], [EMPTY, chunk(*a)], [chunk(*a), chunk(*b)]],
+            [0 * one, one - empty, (one + two) / 2 - empty],
+        ),
+        ([[chunk(*c)], [chunk(*b)]], [three - empty, two - empty]),  # a chunk that is full
+        ([[EMPTY], [EMPTY]], [0 * one, 0 * one]),
+    ):
+        torch.testing.assert_close(relevance.encode_query(*query(*rows), less_empty=True), torch.stack(expected))
+    ids, _ = query([chunk(*a)])
+    without_mask = relevance.encode_query(ids, torch.ones_like(ids), less_empty=True)
+    torch.testing.assert_close(without_mask[0], one - empty)
+
+
+@torch.no_grad()
+def test_values_are_what_attention_hands_to_cls(both):
+    """Where all heads look at one patch alone, [CLS] receives the value of that."""
+    clip, _ = both
+    block = clip.vision_model.encoder.layers[-1]
+    states = torch.randn(2, 37, 32, generator=torch.Generator().manual_seed(4))
+    values = patch_values(block, states)
+    assert values.shape == (2, 36, 32)
+    normed = block.layer_norm1(states)
+    for patch in (1, 20, 36):
+        mask = torch.full((1, 1, 37, 37), -torch.inf)
+        mask[..., patch] = 0.0
+        received = block.self_attn(normed, attention_mask=mask)[0][:, 0]
+        torch.testing.assert_close(values[:, patch - 1], received)
+
+
+def test_mean_of_neighbours():
+    values = torch.randn(3, 4 * 5, 2, generator=torch.Generator().manual_seed(5))
+    expected = torch.empty_like(values)
+    maps = values.view(3, 4, 5, 2)
+    for row in range(4):
+        for column in range(5):
+            near = maps[:, max(0, row - 1) : row + 2, max(0, column - 1) : column + 2]
+            expected[:, 5 * row + column] = near.mean((1, 2))
+    torch.testing.assert_close(mean_of_neighbours(values, 4, 5), expected)
+    torch.testing.assert_close(mean_of_neighbours(values[..., 0], 4, 5), expected[..., 0])
+    assert not mean_of_neighbours(torch.zeros(1, 20), 4, 5).any()
 
 
 @torch.no_grad()
