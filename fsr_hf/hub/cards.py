@@ -135,7 +135,7 @@ def render_card(
     family = data["families"][model_type]
     name = name or family["name"].lower()
     if fsr_config is None:
-        fsr_config = {default_budget(model_type).name: default_budget(model_type).value, "invert_relevance": True}
+        fsr_config = {default_budget(model_type).name: default_budget(model_type).value}
         fsr_config |= {"text_encoder_config": {} if "text_encoder" in family else None}
     budget = _budget_of(fsr_config)
     repo_id = repo_id or f"{data['code']['organization']}/{name}-fsr"
@@ -183,6 +183,7 @@ def render_card(
         measured=_measured_table(measured, family["item"]),
         sources=[entry["source"] for entry in measured],
         has_relevance=has_relevance,
+        reads_values=fsr_config.get("relevance") != "clip",
         is_inverted=fsr_config.get("invert_relevance", True),
         inverted=data["inverted_relevance"],
         text_encoder=text_encoder,

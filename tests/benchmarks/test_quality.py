@@ -75,7 +75,7 @@ def test_a_verdict_is_that_of_generate(loaded, examples, name, num_kept, options
         output = model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)[0]
         new = output[inputs["input_ids"].shape[1] :].tolist()
         answer = processor.decode(new, skip_special_tokens=True).strip()
-        if not answer:
+        if not answer or new[-1] != eos:  # the next token would decide
             continue
         if number % 5 == 4:
             answer = f"{answer} red"
@@ -84,13 +84,12 @@ def test_a_verdict_is_that_of_generate(loaded, examples, name, num_kept, options
         question = copy.copy(question)
         object.__setattr__(question, "answer", answer)
         rewritten.append((scene, question))
-        whole = answer == processor.decode(new, skip_special_tokens=True).strip()
-        expected.append(whole and new[-1] == eos)
+        expected.append(answer == processor.decode(new, skip_special_tokens=True).strip())
     assert 3 <= sum(expected) <= len(expected) - 3
     with torch.inference_mode():
         batch = quality.encode(model, processor, rewritten)
-        visual, _ = quality.select(model, METHODS[name], batch, num_kept)
-        assert quality.is_right(model, batch, visual).tolist() == expected
+        visual, indices = quality.select(model, METHODS[name], batch, num_kept)
+        assert quality.is_right(model, batch, visual, indices if indices.numel() else None).tolist() == expected
 
 
 def test_original_positions_are_those_of_the_whole_prompt(loaded, batch):
@@ -282,9 +281,9 @@ def test_other_variants_of_fsr(loaded, batch):
 
 def test_the_model_has_the_defaults(loaded):
     config, default = loaded[0].config.fsr_config, FSRLlavaConfig().fsr_config
-    names = ("alpha", "beta", "rho", "focus_mass", "relevance", "positions", *DEFAULTS)
-    assert all(getattr(config, name) == getattr(default, name) for name in names)
-    assert all(getattr(config, name) == value for name, value in DEFAULTS.items())
+    names = ("alpha", "beta", "rho", "focus_mass", "relevance", *DEFAULTS)
+    assert [getattr(config, name) for name in names] == [getattr(default, name) for name in names]
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
 
 
 # ---------------------------------------------------------------- measures
@@ -371,7 +370,7 @@ def test_summary():
     assert fsr["retained_by_kind"] == pytest.approx(dict(zip(kinds, (1.0, 0.5, 0.9, 0.8))))
     assert fsr["object_recall"] == pytest.approx(0.75) and "object_recall" not in random
     assert fsr["focus"]["with_query"] == pytest.approx(
-        {"median": 0.5, "low": 0.25, "high": 0.5, "at_limit": 0.4, "scan_empty": 0, "tokens": 8}
+        {"median": 0.25, "low": 0.25, "high": 0.25, "at_limit": 0.6, "scan_empty": 0, "tokens": 8}
     )
     modes = random["positions"]
     assert modes["compact"]["accuracy"] == random["accuracy"] == pytest.approx(27 / 50)

@@ -200,19 +200,24 @@ def test_budgets_are_those_of_the_config():
     assert "num_visual_tokens=128)" in other.text
 
 
-def test_sign_of_relevance_is_said():
+def test_where_relevance_is_read_and_its_sign_are_said():
     def text(**fsr_config):
         config = {"num_visual_tokens": 64, "text_encoder_config": {"vocab_size": 99}, **fsr_config}
         return section(render_card("llava-1.5-7b", fsr_config=config), "How tokens are ranked")
 
-    assert "Relevance is the *negative* cosine here, and the plain one in the paper." in text(invert_relevance=True)
-    assert "Relevance is the plain cosine, as in the paper." in text(invert_relevance=False)
+    of_states = {"relevance": "clip", "invert_relevance": True}
+    assert "Relevance is the *negative* cosine here, and the plain one in the paper." in text(**of_states)
+    assert "Relevance is the plain cosine, as in the paper." in text(**of_states | {"invert_relevance": False})
+    for given in ({}, {"relevance": None}, {"relevance": "clip_values"}):
+        assert "what a patch hands to [CLS] in the tower's last block" in text(**given)
+        assert "**The sign.**" not in text(**given)
     for without in ({"relevance": "none"}, {"text_encoder_config": None}):
-        assert "The question plays no part in it" in text(**without) and "The sign" not in text(**without)
+        assert "The question plays no part in it" in text(**without) and "[CLS] in the tower" not in text(**without)
         plain = render_card("llava-1.5-7b", fsr_config={"num_visual_tokens": 64, **without}).text
         assert "openai/clip" not in plain and "MIT" not in plain
     for name in CARDS:
-        assert ("**The sign.**" in render_card(name).text) == (not name.startswith(("qwen", "llava-video")))
+        is_said = "**Where relevance is read.**" in render_card(name).text
+        assert is_said == (not name.startswith(("qwen", "llava-video")))
 
 
 def test_template_holds_no_number():
@@ -251,10 +256,10 @@ def test_the_numbers_of_the_trained_checkpoint_are_those_of_the_benchmark():
     result = json.loads((Path(__file__).parents[2] / "docs" / "quality.json").read_text(encoding="utf-8"))
     config = json.loads((shapes_vqa_folder() / "config.json").read_text(encoding="utf-8"))
     fsr_config = config["fsr_config"]
-    method = "fsr" if fsr_config["invert_relevance"] == result["fsr"]["invert_relevance"] else "fsr-other-sign"
+    assert fsr_config | {"relevance": "clip_values"} | result["fsr"] == fsr_config | {"relevance": "clip_values"}
     card = render_card("shapes-vqa", revision="v1")
     text = section(card, "Measured with this code")
-    rows = [row for row in result["results"] if row["method"] in ("unpruned", method)]
+    rows = [row for row in result["results"] if row["method"] in ("unpruned", "fsr")]
     positions = fsr_config["positions"]
     accuracy = {row["budget"]: row.get("positions", {}).get(positions, row)["accuracy"] for row in rows}
     unpruned = f"{100 * accuracy.pop(result['num_tokens']):.1f}"
