@@ -1558,7 +1558,8 @@ def test_half_precision(case, dtype):
     actual = selections(model, half, retention_ratio=0.5)
     kept = sum(len(selection.indices) for selection in expected)
     both = [len({*a.indices.tolist()} & {*e.indices.tolist()}) for a, e in zip(actual, expected, strict=True)]
-    assert sum(both) >= 0.9 * kept
+    # Another Focus token moves the evenly spread ones behind it by one.
+    assert sum(both) >= 0.85 * kept
     assert all(selection.features.dtype == dtype for selection in actual)
     # Pixels in float32 are what processors return; the stock classes cast them.
     assert case.generate(half, model=model, max_new_tokens=3).shape == (len(rows), 3)
