@@ -78,7 +78,8 @@ def _scan(with_pairs, features, mask, focus, num_focus, even, num_even, num_anch
     nearest = torch.empty_like(mask, dtype=torch.long)
     similarity, closest = (torch.empty_like(mask, dtype=torch.float32) for _ in range(2))
     if batch:
-        mask, focus, *counts = (t.contiguous() for t in (mask, focus, num_focus, num_even, num_anchors))
+        counts = [count.contiguous() for count in (num_focus, num_even, num_anchors)]
+        mask, focus = mask.contiguous(), focus.contiguous()
         scan = _scan_with_pairs if with_pairs else _scan_without_pairs
         with torch.cuda.device_of(features):  # Triton launches on the current device
             tokens, scale = _scale(features)
@@ -89,7 +90,7 @@ def _scan(with_pairs, features, mask, focus, num_focus, even, num_even, num_anch
 def _agrees(torch_path, device, dtype, with_pairs):
     """
     Whether the kernels and `torch_path` choose the same anchors among copies of eleven tokens, zero vectors and
-    non-finite tokens: in a row without a mask, and in one with a mask and fewer anchors.
+    non-finite tokens: in a row without a mask that begins with two anchors, and in one with a mask and fewer anchors.
 
     Apart from exact ties, every choice is won by a difference of at least 0.02 in cosine, more than either path rounds
     away, even if `torch_path` multiplies in TF32.
