@@ -69,21 +69,20 @@ def _scan(with_pairs, features, mask, focus, num_focus, even, num_even, num_anch
     batch, num_tokens, _ = features.shape
     max_rows = max(1, _MAX_PAIRS_MEMORY // (4 * num_tokens**2))
     if with_pairs and batch > max_rows:
-        tensors = (features, mask, focus, num_focus, even, num_even, num_anchors)
-        parts = [_scan(with_pairs, *part) for part in zip(*(tensor.split(max_rows) for tensor in tensors))]
-        anchors, nearest, similarity = (torch.cat(tensors) for tensors in zip(*parts))
+        inputs = (features, mask, focus, num_focus, even, num_even, num_anchors)
+        parts = [_scan(with_pairs, *part) for part in zip(*(tensor.split(max_rows) for tensor in inputs))]
+        anchors, nearest, similarity = (torch.cat(outputs) for outputs in zip(*parts))
         return anchors, nearest, similarity
 
     anchors = even.clone(memory_format=torch.contiguous_format)
     nearest = torch.empty_like(mask, dtype=torch.long)
     similarity, closest = (torch.empty_like(mask, dtype=torch.float32) for _ in range(2))
     if batch:
-        counts = [count.contiguous() for count in (num_focus, num_even, num_anchors)]
-        mask, focus = mask.contiguous(), focus.contiguous()
+        tensors = tuple(tensor.contiguous() for tensor in (mask, focus, num_focus, num_even, num_anchors))
         scan = _scan_with_pairs if with_pairs else _scan_without_pairs
         with torch.cuda.device_of(features):  # Triton launches on the current device
             tokens, scale = _scale(features)
-            scan(tokens, scale, mask, focus, *counts, closest, anchors, nearest, similarity)
+            scan(tokens, scale, *tensors, closest, anchors, nearest, similarity)
     return anchors, nearest, similarity
 
 
