@@ -78,11 +78,13 @@ def _scan(with_pairs, features, mask, focus, num_focus, even, num_even, num_anch
     nearest = torch.empty_like(mask, dtype=torch.long)
     similarity, closest = (torch.empty_like(mask, dtype=torch.float32) for _ in range(2))
     if batch:
-        tensors = tuple(tensor.contiguous() for tensor in (mask, focus, num_focus, num_even, num_anchors))
+        mask, focus = mask.contiguous(), focus.contiguous()
+        num_focus, num_even, num_anchors = (count.contiguous() for count in (num_focus, num_even, num_anchors))
         scan = _scan_with_pairs if with_pairs else _scan_without_pairs
         with torch.cuda.device_of(features):  # Triton launches on the current device
             tokens, scale = _scale(features)
-            scan(tokens, scale, *tensors, closest, anchors, nearest, similarity)
+            counts = (num_focus, num_even, num_anchors)
+            scan(tokens, scale, mask, focus, *counts, closest, anchors, nearest, similarity)
     return anchors, nearest, similarity
 
 
