@@ -53,7 +53,8 @@ def run(served, inputs, modality, encoder):
     query = None
     if served.inner.text_encoder is not None:
         rows = [selection.row for selection in selections]
-        query = served.inner.text_encoder.encode_query(inputs["query_input_ids"], inputs["query_attention_mask"])[rows]
+        question = (inputs["query_input_ids"], inputs["query_attention_mask"])
+        query = served.inner.text_encoder.encode_query(*question, less_empty=True)[rows]
     fsr = served.model.config.fsr_config
     budgets = [fsr.budget(item.num_candidates) for item in items]
     kept = encoder(visual, budgets, [bytes([number]) for number in range(len(items))], query)
