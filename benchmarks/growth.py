@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.series:
         axis, points = SERIES[name]
         if options.quick:
-            points = [(tokens // 8, max(kept // 8, 8)) for tokens, kept in points[:4]]
+            points = [(tokens // 16, max(kept // 8, 8)) for tokens, kept in points[:4]]
         results[name] = measure_series(axis, points, options, name)
         output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         for point in results[name]["points"]:

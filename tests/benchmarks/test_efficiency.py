@@ -168,7 +168,7 @@ def test_exponent():
 def test_growth(results, tmp_path):
     found = load(results, "growth-cpu")
     assert list(found) == ["fixed", "share", "kept"]
-    assert [point["tokens"] for point in found["fixed"]["points"]] == [72, 144, 288, 576]
+    assert [point["tokens"] for point in found["fixed"]["points"]] == [36, 72, 144, 288]
     assert all(point["time"]["median"] > 0 for series in found.values() for point in series["points"])
     arguments = ["--quick", "--device", "cpu", "--hidden-size", "32", "--output", str(tmp_path / "growth.json")]
     growth.main([*arguments, "--limit", "0", "--series", "fixed"])
