@@ -82,20 +82,26 @@ def scan_problems(number: int, max_tokens: int, device: str) -> Iterator[tuple[b
         focus = order[:, :1].expand(-1, budget + 1).clone()
         focus[:, : min(budget + 1, tokens)] = order[:, : budget + 1]
         focus = focus.masked_fill(slots >= num_focus[:, None], tokens)
-        yield is_exact, (features, mask, focus, num_focus, num_anchors)
+        even, num_even = fsr._spread_evenly(mask, focus, real.clamp(max=budget), num_anchors, rng.choice((0.0, 1.0)))
+        yield is_exact, (features, mask, focus, num_focus, even, num_even, num_anchors)
 
 
 def scan_excess(arguments: tuple[torch.Tensor, ...], result: tuple[torch.Tensor, ...]) -> float:
     """
-    By how much of a cosine, at most, a result of Scan misses Eqs. 5 and 8 in float64: an anchor that is not the
-    farthest token, or a nearest anchor that is not the nearest. Infinity if the anchors are not what they must be.
+    By how much of a cosine, at most, a result of Scan misses Eqs. 5 and 8 in float64: an anchor after those given that
+    is not the farthest token, or a nearest anchor that is not the nearest. Infinity if the anchors are not what they
+    must be.
     """
     excess = 0.0
-    for features, mask, focus, num_focus, num_anchors, anchors, nearest, similarity in zip(*arguments, *result):
-        tokens, count = len(mask), int(num_anchors)
+    for features, mask, focus, num_focus, even, num_even, num_anchors, anchors, nearest, similarity in zip(
+        *arguments, *result
+    ):
+        tokens, count, given = len(mask), int(num_anchors), int(num_even)
         chosen, first = anchors[:count], focus[: int(num_focus)]
         is_free = mask.clone().index_fill_(0, first, False)
         if len(chosen.unique()) < count or (anchors[count:] != tokens).any() or (count and not is_free[chosen].all()):
+            return float("inf")
+        if not torch.equal(chosen[:given], even[:given]):
             return float("inf")
         if not count:
             continue
@@ -106,7 +112,8 @@ def scan_excess(arguments: tuple[torch.Tensor, ...], result: tuple[torch.Tensor,
         chosen_at = torch.full((tokens,), count, device=mask.device).index_copy_(0, chosen, steps)
         is_candidate = is_free & (chosen_at >= steps[:, None])
         farthest = closest.masked_fill(~is_candidate, torch.inf).amin(1)
-        excess = max(excess, float((closest[steps, chosen] - farthest).max()))
+        if given < count:
+            excess = max(excess, float((closest[steps, chosen] - farthest)[given:].max()))
         rank = torch.full((tokens,), -1, device=mask.device).index_copy_(0, chosen, steps)
         best = cosines.amax(0)
         excess = max(excess, float((best - cosines[rank[nearest], torch.arange(tokens, device=mask.device)]).max()))

@@ -343,10 +343,11 @@ class _Canvas:
         self._write(_MARGIN, _MARGIN - 10 + 38 * len(question), answer, self.font, 28, _GREY)
         for view, origin in origins.items():
             self._draw_view(view, origin)
+        without_lines = self.image.copy()
+        self._draw_lines([(boxes[token], boxes[anchor]) for token, anchor in self.anchors.items()])
         for token, is_focus in self.kept.items():
             if (box := boxes[token]) is not None:
-                self._draw_kept(box, FOCUS if is_focus else SCAN)
-        self._draw_lines([(boxes[token], boxes[anchor]) for token, anchor in self.anchors.items()])
+                self._draw_kept(box, FOCUS if is_focus else SCAN, without_lines)
         self._draw_legend(legend)
         return Picture(self.image.reduce(_SCALE), boxes)
 
@@ -372,10 +373,12 @@ class _Canvas:
         place = (origin[0] * _SCALE, origin[1] * _SCALE)
         self.image.paste(dimmed, place, exists.resize(size, Image.Resampling.NEAREST))
 
-    def _draw_kept(self, box: tuple[int, int, int, int], colour: tuple[int, int, int]) -> None:
-        """A tint, and an outline inside of the cell, so that neighbours stay apart."""
+    def _draw_kept(
+        self, box: tuple[int, int, int, int], colour: tuple[int, int, int], without_lines: Image.Image
+    ) -> None:
+        """The token, over the lines, with a tint, and an outline inside of the cell, so that neighbours stay apart."""
         left, top, right, bottom = (side * _SCALE for side in box)
-        cell = self.image.crop((left, top, right, bottom))
+        cell = without_lines.crop((left, top, right, bottom))
         self.image.paste(Image.blend(cell, Image.new("RGB", cell.size, colour), TINT), (left, top))
         width = _SCALE * (1 + (box[2] - box[0] >= 12) + (box[2] - box[0] >= 30))
         self.pen.rectangle((left + 1, top + 1, right - 2, bottom - 2), outline=colour, width=width)

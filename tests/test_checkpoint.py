@@ -215,7 +215,7 @@ def test_lora_recovers_a_damaged_adapter(model, processor, questions):
     torch.manual_seed(0)
     damaged = copy.deepcopy(model)
     damaged.config.fsr_config.num_visual_tokens = 48
-    held_out = labelled(processor, questions[:50])
+    held_out = labelled(processor, questions)
     weight = damaged.model.multi_modal_projector.linear_2.weight
     with torch.no_grad():
         whole = damaged(**held_out).loss.item()
@@ -225,8 +225,8 @@ def test_lora_recovers_a_damaged_adapter(model, processor, questions):
     assert before > 2 * whole
     projector = r".*multi_modal_projector\.linear_[12]"
     adapted = get_peft_model(damaged, LoraConfig(r=16, lora_alpha=32, target_modules=projector, task_type="CAUSAL_LM"))
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=5e-3)
-    for step in range(20):
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=2e-3)
+    for step in range(30):
         adapted.train()
         adapted(**labelled(processor, list(training_examples(24 * step)))).loss.backward()
         optimizer.step()

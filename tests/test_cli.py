@@ -28,7 +28,8 @@ def folders(tmp_path_factory):
     """The tiny LLaVA: `stock`, its `clip`, and `fsr`, the export of both."""
     root = tmp_path_factory.mktemp("small")
     save_small_llava(root / "stock", root / "clip", TINY)
-    export(root / "stock", root / "fsr", text_encoder=root / "clip", progress=False)
+    some_are_dropped = {"kappa": 1.0}  # by default all are merged
+    export(root / "stock", root / "fsr", text_encoder=root / "clip", fsr_config=some_are_dropped, progress=False)
     return root
 
 

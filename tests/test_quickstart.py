@@ -54,7 +54,7 @@ def test_answers_are_right(run):
     assert texts(cells[0])[-1] == "(16, 144)"
     assert list(ast.literal_eval(texts(cells[2])[0]).values()) == right
     lines = "".join(texts(cells[3])).splitlines()
-    assert [line.endswith(str(right)) for line in lines] == [True, True, True, False]  # 4 tokens are too few to count
+    assert [line.endswith(str(right)) for line in lines] == [True, True, True, False]  # one token is too few to count
 
 
 def test_pictures_are_shown(run):

@@ -19,17 +19,17 @@ from fsr_hf.modeling.fsr import _scan_with_torch
 def test_scan_is_measured_against_the_equations():
     """What torch chooses is right in float64; each damage to it is seen."""
     seen = 0
-    for is_exact, arguments in gpu.scan_problems(40, 60, "cpu"):
+    for is_exact, arguments in gpu.scan_problems(60, 60, "cpu"):
         if is_exact:
             continue
         anchors, nearest, similarity = _scan_with_torch(*arguments)
         assert gpu.scan_excess(arguments, (anchors, nearest, similarity)) < gpu.TOLERANCE
-        count = int(arguments[4][0])
-        if count < 3 or arguments[0].shape[1] < 20:
+        given, count = int(arguments[5][0]), int(arguments[6][0])
+        if count - given < 3 or arguments[0].shape[1] < 20:
             continue
         seen += 1
         damaged = anchors.clone()
-        damaged[0, :count] = damaged[0, :count].flip(0)
+        damaged[0, given:count] = damaged[0, given:count].flip(0)
         assert gpu.scan_excess(arguments, (damaged, nearest, similarity)) > gpu.TOLERANCE
         damaged[0, :count] = damaged[0, 0]
         assert gpu.scan_excess(arguments, (damaged, nearest, similarity)) == float("inf")
