@@ -9,10 +9,19 @@ from typing import Any, ClassVar
 from transformers import CLIPTextConfig, PreTrainedConfig, __version__
 
 
-__all__ = ["SELECTION_FIELDS", "FSRConfig", "FSRConfigMixin", "check_fsr_value", "register_generative_class"]
+__all__ = [
+    "CLIP_TOWER_SETTINGS",
+    "SELECTION_FIELDS",
+    "FSRConfig",
+    "FSRConfigMixin",
+    "check_fsr_value",
+    "register_generative_class",
+]
 
 # The fields that are arguments of `select_visual_tokens`.
 SELECTION_FIELDS = ("alpha", "beta", "rho", "focus_limit", "uniform_scan", "kappa", "focus_mass")
+# `fsr_settings` of families with a CLIP tower, measured in docs/quality.md.
+CLIP_TOWER_SETTINGS = {"focus_limit": 0.25, "uniform_scan": 1.0, "kappa": None}
 
 
 def register_generative_class(model_type: str, class_name: str) -> None:

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from transformers import LlavaConfig, PreTrainedConfig
 
-from .configuration_fsr import FSRConfig, FSRConfigMixin, register_generative_class
+from .configuration_fsr import CLIP_TOWER_SETTINGS, FSRConfig, FSRConfigMixin, register_generative_class
 from .remote_code import RemoteCodeMixin
 
 
@@ -23,8 +23,7 @@ class FSRLlavaConfig(RemoteCodeMixin, FSRConfigMixin, LlavaConfig):
     model_type = "fsr_llava"
     sub_configs: ClassVar[dict] = {**LlavaConfig.sub_configs, "fsr_config": FSRConfig}
     fsr_defaults: ClassVar[dict] = {"num_visual_tokens": 128, "pool": "item", "positions": "original"}
-    # Measured in docs/quality.md.
-    fsr_settings: ClassVar[dict] = {"focus_limit": 0.25, "uniform_scan": 1.0, "kappa": None}
+    fsr_settings: ClassVar[dict] = CLIP_TOWER_SETTINGS
 
     fsr_config: dict | PreTrainedConfig | None = None
 

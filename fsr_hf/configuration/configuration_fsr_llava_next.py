@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from transformers import LlavaNextConfig, PreTrainedConfig
 
-from .configuration_fsr import FSRConfig, FSRConfigMixin, register_generative_class
+from .configuration_fsr import CLIP_TOWER_SETTINGS, FSRConfig, FSRConfigMixin, register_generative_class
 from .remote_code import RemoteCodeMixin
 
 
@@ -24,8 +24,7 @@ class FSRLlavaNextConfig(RemoteCodeMixin, FSRConfigMixin, LlavaNextConfig):
     model_type = "fsr_llava_next"
     sub_configs: ClassVar[dict] = {**LlavaNextConfig.sub_configs, "fsr_config": FSRConfig}
     fsr_defaults: ClassVar[dict] = {"retention_ratio": 1 / 9, "pool": "view", "positions": "original"}
-    # Those of LLaVA-1.5, whose tower it has.
-    fsr_settings: ClassVar[dict] = {"focus_limit": 0.25, "uniform_scan": 1.0, "kappa": None}
+    fsr_settings: ClassVar[dict] = CLIP_TOWER_SETTINGS
 
     fsr_config: dict | PreTrainedConfig | None = None
 
